@@ -96,7 +96,7 @@ class Diagnosis:
         return 2 if self.findings or not self.checked else 0
 
     def to_json(self) -> dict[str, Any]:
-        """The diagnosis as strict JSON values: version 1 of the format that docs/reference/diagnosis-json.md lays down."""
+        """The diagnosis as strict JSON values: version 1, laid down in docs/diagnosis-json.md."""
         return {
             "version": 1,
             "script": self.script,
