@@ -1,0 +1,153 @@
+"""The verdict on a terminal."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.constrain import Constrain
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from unstuck.diagnosis._findings import CANNOT_TELL, PROVED, SHOWN, SUSPECT, Diagnosis, Finding, Trial
+from unstuck.report import _words as words
+
+# Terminal colours, not fixed ones: they follow the user's light or dark theme. Filled means that an experiment decided.
+_BADGE = {PROVED: "bold reverse red", SHOWN: "bold reverse blue", SUSPECT: "bold magenta", CANNOT_TELL: "bold dim"}
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_WIDEST = 104  # longer lines are hard to read
+
+
+def screen(diagnosis: Diagnosis) -> RenderableType:
+    """The diagnosis as something `rich.print` shows: each finding with evidence, rivals, trial and advice."""
+    parts: list[RenderableType] = [_masthead(diagnosis)] if diagnosis.findings else [_quiet(diagnosis)]
+    parts += [_finding(f) for f in diagnosis.findings]
+    if diagnosis.not_checked:
+        parts.append(_not_checked(diagnosis))
+    return Constrain(Group(*parts), _WIDEST)
+
+
+def _quiet(diagnosis: Diagnosis) -> Text:
+    mark = (" ✓ ", "bold green") if diagnosis.checked else (" ? ", "bold")
+    took = f"  {words.duration(diagnosis.seconds)}, {words.share(diagnosis.overhead)} of it watching"
+    return Text.assemble(mark, words.quiet_line(diagnosis), (took, "dim"))
+
+
+def _masthead(diagnosis: Diagnosis) -> Text:
+    took = (
+        f"  {words.count(diagnosis.steps, 'step')} in {words.duration(diagnosis.seconds)}, "
+        f"{words.share(diagnosis.overhead)} of it watching"
+    )
+    return Text.assemble(" ", (words.printable(diagnosis.script), "bold"), (took, "dim"), overflow="fold")
+
+
+def _finding(finding: Finding) -> RenderableType:
+    head = Text.assemble(
+        (f" {finding.word} ", _BADGE[finding.word]),
+        " ",
+        (words.printable(finding.code), "bold"),
+        (f"  since step {finding.step:,}", "dim"),
+        (f" in {words.printable(finding.where)}" if finding.where else "", "dim"),
+        overflow="fold",
+    )
+    body: list[RenderableType] = [Text(words.printable(finding.claim), overflow="fold")]
+    if finding.evidence:
+        body += ["", _evidence(finding)]
+    if finding.ruled_out:
+        body += ["", _rivals(finding)]
+    if finding.trial is not None:
+        body += ["", _trial(finding.trial)]
+    if finding.advice:
+        advice = Table.grid(padding=(0, 1))
+        advice.add_row(Text("→", "bold green"), Text(words.printable(finding.advice), "bold", overflow="fold"))
+        body += ["", advice]
+    return Padding(Group(head, Padding(Group(*body), (0, 0, 0, 1))), (1, 0, 0, 0))
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    table.add_column(Text(headings[0], "bold"), overflow="fold", max_width=26)
+    for heading in headings[1:]:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def _evidence(finding: Finding) -> Table:
+    table = _table("Evidence", "value", "interval", "n", "what it means")
+    for column in (1, 3):
+        table.columns[column].justify = "right"
+    for column in (1, 2, 3):
+        table.columns[column].no_wrap = True
+    for e in finding.evidence:
+        value = Text(words.figures(e.value), "bold")
+        table.add_row(
+            Text(words.printable(e.name)),
+            value,
+            Text(words.interval(e)) if words.interval(e) else Text("exact", "dim"),
+            Text(f"{e.n:,}", "dim"),
+            Text(words.printable(e.meaning)),
+        )
+    return table
+
+
+def _rivals(finding: Finding) -> Table:
+    table = _table("Ruled out", "because")
+    for r in finding.ruled_out:
+        table.add_row(Text(words.printable(r.code)), Text(words.printable(r.because)))
+    return table
+
+
+def _trial(trial: Trial) -> RenderableType:
+    table = _table("Trial", "loss", "ends", "interval, %", "")
+    for column in (2, 3, 4):
+        table.columns[column].no_wrap = True
+    finite = sorted(x for arm in trial.arms for x in arm.curve if math.isfinite(x)) or [0.0]
+    low, high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]  # one wild batch must not flatten the rest
+    for arm in trial.arms:
+        style = "bold" if arm.accepted else ""
+        control = arm.role == "control"
+        table.add_row(
+            Text(words.printable(arm.remedy), style),
+            Spark(arm.curve, low, high),
+            Text("" if control else words.change(arm.effect), style),
+            Text("" if control else words.change_interval(arm)),
+            Text(
+                words.outcome(arm), "bold green" if arm.accepted else "red" if words.outcome(arm) == "worse" else "dim"
+            ),
+        )
+    return Group(table, Text(words.protocol(trial), "dim"))
+
+
+def _not_checked(diagnosis: Diagnosis) -> RenderableType:
+    listed = "; ".join(f"{code} ({because})" for code, because in diagnosis.not_checked.items())
+    return Padding(Text(f"Not checked: {words.printable(listed)}.", "dim", overflow="fold"), (1, 0, 0, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Spark:
+    """A curve as a row of blocks between `low` and `high` on a log scale, as wide as its column; × is not finite."""
+
+    values: Sequence[float]
+    low: float
+    high: float
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(min(8, len(self.values)), min(20, len(self.values)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.blocks(min(options.max_width, 20)), "cyan", no_wrap=True)
+
+    def blocks(self, width: int) -> str:
+        n = len(self.values)
+        width = min(width, n)
+        return "".join(self._block(self.values[i * n // width : (i + 1) * n // width]) for i in range(width))
+
+    def _block(self, values: Sequence[float]) -> str:
+        if not all(map(math.isfinite, values)):
+            return "×"
+        logs = self.low > 0
+        low, high, middle = (math.log(x) if logs else x for x in (self.low, self.high, statistics.median(values)))
+        return _BLOCKS[max(0, min(7, int(8 * (middle - low) / (high - low))))] if high > low else _BLOCKS[0]

@@ -1,0 +1,117 @@
+"""Numbers and verdicts in words: what the screen and the page say in common."""
+
+import math
+
+from unstuck.diagnosis._findings import Arm, Diagnosis, Evidence, Trial
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def figures(x: float) -> str:
+    """The number to three figures, as one writes it by hand: 0.41, 12,300, 2.1×10⁻⁵."""
+    if math.isnan(x):
+        return "NaN"
+    if math.isinf(x):
+        return "∞" if x > 0 else "−∞"
+    size = abs(float(f"{x:.3g}"))
+    if size == 0 or 1e-3 <= size < 1000:
+        text = f"{x:.3g}"
+    elif 1000 <= size < 1e6:
+        text = f"{float(f'{x:.3g}'):,.0f}"
+    else:
+        mantissa, exponent = f"{x:.2e}".split("e")
+        text = f"{float(mantissa):g}×10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+    return "0" if text == "-0" else text.replace("-", "−")
+
+
+def interval(evidence: Evidence) -> str:
+    """`[low, high]`, or nothing where the measurement is exact."""
+    if evidence.low == evidence.value == evidence.high:
+        return ""
+    return f"[{figures(evidence.low)}, {figures(evidence.high)}]"
+
+
+def percent(effect: float) -> float:
+    """A ln-ratio of losses as a change in per cent: 100·(exp(effect) − 1)."""
+    return 100 * math.expm1(effect) if effect < 700 else effect * math.inf  # exp overflows past 709
+
+
+def change(effect: float) -> str:
+    """Where a loss ends against the control's: `38 % lower`."""
+    p = percent(effect)
+    if math.isnan(p):
+        return "not comparable"
+    if math.isinf(p):
+        return "diverges"
+    if abs(p) < 0.5:
+        return "the same"
+    if p > 200:
+        return f"{figures(1 + p / 100)} times as high"
+    size = f"{abs(p):.0f}" if p > -99.5 else f"{min(-p, 99.99):.4g}"
+    return f"{size} % {'lower' if p < 0 else 'higher'}"
+
+
+def change_interval(arm: Arm) -> str:
+    """The interval of an arm's effect in per cent: `[−45, −30]`."""
+    if math.isnan(arm.effect):
+        return ""
+    return f"[{_signed(percent(arm.low))}, {_signed(percent(arm.high))}]"
+
+
+def outcome(arm: Arm) -> str:
+    """What became of an arm, in a word or two."""
+    if arm.role == "control":
+        return "as it is"
+    if arm.role == "null":
+        return "chance alone"
+    if arm.accepted:
+        return "✓ accepted"
+    return "worse" if arm.low > 0 else "not accepted"
+
+
+def protocol(trial: Trial) -> str:
+    """How the trial was made, in a sentence."""
+    scored = "held-out batches" if trial.held_out else "the training batches"
+    return (
+        f"Every arm starts from the same weights and repeats the same {count(trial.steps, 'recorded step')}, then "
+        f"cools down over {count(trial.cooldown, 'step')} to a rate of 0. Compared by the loss on {scored}."
+    )
+
+
+def count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "an unknown time"
+    if seconds < 99.5:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def share(x: float) -> str:
+    """A share of one in per cent, `1.4 %`; a small one is not rounded to nothing."""
+    return f"{100 * x:.1f} %" if math.isfinite(x) else "an unknown share"
+
+
+def quiet_line(diagnosis: Diagnosis) -> str:
+    """The verdict where there is no finding."""
+    steps = count(diagnosis.steps, "step")
+    if not diagnosis.checked:
+        return f"Nothing could be told from {steps}: no cause could be checked."
+    return f"No fault found in {steps}: {count(len(diagnosis.checked), 'cause')} checked."
+
+
+def printable(text: str) -> str:
+    """The text on one line and without control characters, which a script's names could smuggle into a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _signed(p: float) -> str:
+    if not math.isfinite(p):
+        return figures(p)
+    return "0" if abs(p) < 0.5 else f"{p:+,.0f}".replace("-", "−")
