@@ -1,0 +1,126 @@
+"""Trains a GRU that reads scikit-learn's digits row by row: Adam with a warm-up of its rate.
+
+python gru.py                      trains well
+python gru.py --fault dead-units   does not, and each `if fault` below is the line where a user makes the error
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+FAULTS = (
+    "lr-diverges",
+    "lr-bounces",
+    "lr-too-small",
+    "saddle",
+    "zero-init",
+    "dead-units",
+    "zero-grad-missing",
+    "parameters-not-optimised",
+    "graph-cut",
+    "non-finite-data",
+)
+VARIANTS = ("edge-of-stability", "cosine-tail", "gradient-accumulation", "sparse-relu", "converged")
+
+
+class Reader(nn.Module):
+    def __init__(self, fault=None):
+        super().__init__()
+        self.fault = fault
+        self.gru = nn.GRU(input_size=8, hidden_size=32, batch_first=True)
+        self.head = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    def forward(self, rows):
+        states, _ = self.gru(rows)
+        last = states[:, -1]
+        if self.fault == "graph-cut":
+            last = torch.tensor(last.tolist())
+        return self.head(last)
+
+
+def load(fault):
+    digits = load_digits()
+    x_train, x_test, y_train, y_test = train_test_split(
+        digits.images, digits.target, train_size=1400, random_state=0, stratify=digits.target
+    )
+    mean, std = x_train.mean(), x_train.std()
+    x_train, x_test = (x_train - mean) / std, (x_test - mean) / std
+    if fault == "non-finite-data":
+        x_train[7, 3, 3] = float("nan")
+    rows = [torch.tensor(x, dtype=torch.float32) for x in (x_train, x_test)]
+    return rows[0], torch.tensor(y_train), rows[1], torch.tensor(y_test)
+
+
+def build(fault, variant):
+    model = Reader(fault)
+    if fault == "saddle":
+        for name, p in model.named_parameters():
+            nn.init.normal_(p, std=1e-4) if "weight" in name else nn.init.zeros_(p)
+    if fault == "zero-init":
+        for p in model.parameters():
+            nn.init.zeros_(p)
+    if fault == "dead-units":
+        nn.init.constant_(model.head[0].bias, -20.0)
+    if variant == "sparse-relu":
+        nn.init.constant_(model.head[0].bias, -0.3)
+    return model
+
+
+def train(model, optimizer, scheduler, x, y, args):
+    batch_size = len(x) if args.variant == "edge-of-stability" else 100
+    per_epoch = len(x) // batch_size
+    for epoch in range(args.steps // per_epoch):
+        total = 0.0
+        for batch in torch.randperm(len(x)).split(batch_size):
+            parts = batch.chunk(4) if args.variant == "gradient-accumulation" else [batch]
+            if args.fault != "zero-grad-missing":
+                optimizer.zero_grad()
+            for part in parts:
+                loss = F.cross_entropy(model(x[part]), y[part]) / len(parts)
+                loss.backward()
+                total += loss.item()
+            optimizer.step()
+            scheduler.step()
+        print(f"epoch {epoch + 1}: loss {total / per_epoch:.4f}")
+
+
+def optimise(model, args):
+    lr = {"lr-diverges": 10.0, "lr-bounces": 0.3, "lr-too-small": 5e-6}.get(args.fault, 5e-3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    if args.fault == "saddle":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if args.fault == "parameters-not-optimised":
+        model.gru = nn.GRU(input_size=8, hidden_size=32, batch_first=True)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=20)
+    if args.variant == "cosine-tail":
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
+    return optimizer, scheduler
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--fault", choices=FAULTS)
+    choice.add_argument("--variant", choices=VARIANTS, help="healthy, though it may look odd")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=420)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+
+    x_train, y_train, x_test, y_test = load(args.fault)
+    model = build(args.fault, args.variant)
+    optimizer, scheduler = optimise(model, args)
+    train(model, optimizer, scheduler, x_train, y_train, args)
+    model.eval()
+    with torch.no_grad():
+        loss = F.cross_entropy(model(x_train), y_train).item()
+        accuracy = (model(x_test).argmax(1) == y_test).float().mean().item()
+    print(f"accuracy {accuracy:.3f} loss {loss:.4g}")
+
+
+if __name__ == "__main__":
+    main()

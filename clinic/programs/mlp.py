@@ -1,0 +1,117 @@
+"""Trains a perceptron with one hidden layer on scikit-learn's digits: plain SGD, batches drawn by hand.
+
+python mlp.py                      trains well
+python mlp.py --fault dead-units   does not, and each `if fault` below is the line where a user makes the error
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+FAULTS = (
+    "lr-diverges",
+    "lr-bounces",
+    "lr-too-small",
+    "saddle",
+    "zero-init",
+    "dead-units",
+    "zero-grad-missing",
+    "parameters-not-optimised",
+    "graph-cut",
+    "non-finite-data",
+)
+VARIANTS = ("edge-of-stability", "cosine-tail", "gradient-accumulation", "sparse-relu", "converged")
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+choice = parser.add_mutually_exclusive_group()
+choice.add_argument("--fault", choices=FAULTS)
+choice.add_argument("--variant", choices=VARIANTS, help="healthy, though it may look odd")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--steps", type=int, default=600)
+args = parser.parse_args()
+fault, variant = args.fault, args.variant
+torch.manual_seed(args.seed)
+
+digits = load_digits()
+x, y = torch.tensor(digits.data, dtype=torch.float32), torch.tensor(digits.target)
+split = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # the same for all seeds
+x_train, y_train = x[split[:1400]], y[split[:1400]]
+x_test, y_test = x[split[1400:]], y[split[1400:]]
+mean, std = x_train.mean(0), x_train.std(0) + 0.1  # pixels at the border are constant
+x_train, x_test = (x_train - mean) / std, (x_test - mean) / std
+if fault == "non-finite-data":
+    x_train[7, 3] = float("nan")
+
+
+class Perceptron(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Linear(64, 64)
+        self.output = nn.Linear(64, 10)
+
+    def forward(self, x):
+        h = F.relu(self.hidden(x))
+        if fault == "graph-cut":
+            h = h.detach()
+        return self.output(h)
+
+
+model = Perceptron()
+if fault == "saddle":
+    for layer in (model.hidden, model.output):
+        nn.init.normal_(layer.weight, std=1e-20)
+        nn.init.zeros_(layer.bias)
+if fault == "zero-init":
+    for p in model.parameters():
+        nn.init.zeros_(p)
+if fault == "dead-units":
+    nn.init.constant_(model.hidden.bias, -20.0)
+if variant == "sparse-relu":
+    nn.init.constant_(model.hidden.bias, -0.5)
+
+lr = {"lr-diverges": 10.0, "lr-too-small": 1e-4}.get(fault, 0.1)
+steps, batch_size = args.steps, 100
+if variant == "edge-of-stability":
+    lr, batch_size = 1.0, len(x_train)
+if variant == "converged":
+    lr, steps = 0.5, 3 * steps
+optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+if fault == "lr-bounces":
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.3)
+if fault == "parameters-not-optimised":
+    model.hidden = nn.Linear(64, 64)
+scheduler = None
+if variant == "cosine-tail":
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+
+batches = len(x_train) // batch_size
+losses = []
+for step in range(steps):
+    if step % batches == 0:
+        order = torch.randperm(len(x_train)).split(batch_size)
+    batch = order[step % batches]
+    if fault != "zero-grad-missing":
+        optimizer.zero_grad()
+    if variant == "gradient-accumulation":
+        for part in batch.chunk(4):
+            loss = F.cross_entropy(model(x_train[part]), y_train[part]) / 4
+            loss.backward()
+    else:
+        loss = F.cross_entropy(model(x_train[batch]), y_train[batch])
+        loss.backward()
+    optimizer.step()
+    if scheduler:
+        scheduler.step()
+    losses.append(loss.item())
+    if len(losses) == batches:
+        print(f"epoch {step // batches + 1:3d} loss {sum(losses) / batches:.4f}")
+        losses = []
+
+model.eval()
+with torch.no_grad():
+    loss = F.cross_entropy(model(x_train), y_train).item()
+    accuracy = (model(x_test).argmax(1) == y_test).float().mean().item()
+print(f"accuracy {accuracy:.3f} loss {loss:.4g}")
