@@ -22,6 +22,7 @@ _PANELS = {
     "lr": "Learning rate",
 }
 _LONGEST = 30  # characters of a label at a curve's end
+_GAPS = 50  # shaded stretches without finite values; more would only be slow
 _POINTS = 1500  # per curve: more than the pixels of a screen
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 
@@ -58,15 +59,15 @@ def _(trial: Trial) -> go.Figure:
         edge = {"x0": trial.steps, "x1": trial.steps + trial.cooldown, "y0": 0, "y1": 1}
         paper = {"xref": "x", "yref": "paper", "layer": "below"}
         figure.add_shape(type="rect", fillcolor=GREY, opacity=0.1, line={"width": 0}, **edge, **paper)
-        figure.add_annotation(x=trial.steps, y=1, text="cool-down to rate 0", xshift=4, **_NOTE)
+        figure.add_annotation(x=trial.steps, y=1, text="cool-down", xshift=4, **_NOTE)
     longest = max((len(arm.remedy) for arm in trial.arms), default=0)
     layout = _layout(height, right=48 + 7 * min(longest, _LONGEST))
     inside = height - layout["margin"]["t"] - layout["margin"]["b"]
     for note in _end_labels(trial.arms, looks(trial), trends, axis, inside):
         figure.add_annotation(**note)
     figure.update_layout(layout, hovermode="x unified")
-    figure.update_xaxes(title_text="step of the trial", range=[0, max(last - 1, 1)], **_GRID)
-    figure.update_yaxes(title_text="loss", **axis, **_GRID)
+    figure.update_xaxes(title=_title("step of the trial"), range=[0, max(last - 1, 1)], **_GRID)
+    figure.update_yaxes(title=_title("loss"), **axis, **_GRID)
     return figure
 
 
@@ -93,18 +94,29 @@ def draw_run(run: Recorded, findings: Sequence[Finding] = ()) -> go.Figure:
     marked: dict[int, list[str]] = {}
     for finding in findings:
         marked.setdefault(finding.step, []).append(plain(finding.code))
-    for step, codes in marked.items():
-        mark = {"x0": step, "x1": step, "y0": 0, "y1": 1, "yref": "paper"}
+    layout = _layout(0, right=16)
+    layout["margin"]["t"] = 34 + 18 * len(marked)
+    layout["height"] = layout["margin"]["t"] + layout["margin"]["b"] + 140 * rows
+    for line, (step, codes) in enumerate(sorted(marked.items())):
+        lift = 26 + 18 * line  # each label on a line of its own, above the titles
+        mark = {"x0": step, "x1": step, "y0": 0, "y1": 1 + (lift + 9) / (140 * rows), "yref": "paper"}
         figure.add_shape(type="line", line={"color": VERMILION, "width": 1.5, "dash": "dot"}, **mark)
         left = step > last / 2
-        text = f"{'<br>'.join(codes)} · step {step:,}"
-        side = {"xanchor": "right" if left else "left", "xshift": -4 if left else 4}
-        figure.add_annotation(x=step, y=1, text=text, **{**_NOTE, **side})
-    figure.update_layout(_layout(60 + 165 * rows, right=16), hovermode="x unified")
-    figure.update_xaxes(
-        title_text="step", range=[-0.01 * last, 1.01 * last or 1], anchor=f"y{rows if rows > 1 else ''}", **_GRID
-    )
+        side = {
+            "xanchor": "right" if left else "left",
+            "xshift": -5 if left else 5,
+            "yanchor": "middle",
+            "yshift": lift,
+        }
+        figure.add_annotation(x=step, y=1, text=f"{', '.join(codes)} · step {step:,}", **{**_NOTE, **side})
+    figure.update_layout(layout, hovermode="x unified")
+    bottom = f"y{rows if rows > 1 else ''}"
+    figure.update_xaxes(title=_title("step"), range=[-0.01 * last, 1.01 * last or 1], anchor=bottom, **_GRID)
     return figure
+
+
+def _title(text: str) -> dict[str, Any]:
+    return {"text": text, "font": {"size": 13}, "standoff": 10}
 
 
 _NOTE: dict[str, Any] = {
@@ -138,7 +150,7 @@ def _layout(height: int, *, right: int) -> dict[str, Any]:
 
 
 def _panel(figure: go.Figure, steps: Sequence[int], values: Sequence[float], axis: str) -> None:
-    """One series: faint as measured, strong smoothed, a cross where a stretch without finite values begins."""
+    """One series: faint as measured, strong smoothed, shaded where it is not finite."""
     kept = thin(values, _POINTS)
     x, y = [steps[i] for i in kept], finite([values[i] for i in kept])
     smooth = len(values) >= 100 and len(set(y)) > len(y) / 2  # a schedule is drawn as it is
@@ -152,16 +164,17 @@ def _panel(figure: go.Figure, steps: Sequence[int], values: Sequence[float], axi
         hide = {"hoverinfo": "skip", "yaxis": axis}
         figure.add_scatter(x=[steps[i] for i in at], y=trend, mode="lines", line={"width": 2.5, "color": BLUE}, **hide)
     gaps = stretches(values)
-    if gaps:
-        top = max((v for v in y if v is not None), default=1.0)
-        cross = {"symbol": "x", "size": 9, "color": VERMILION}
-        said = [f"{words.figures(values[a])} from step {steps[a]:,} to {steps[b]:,}" for a, b in gaps]
-        text = [f"not finite<br>from step {steps[gaps[0][0]]:,}"] + [""] * (len(gaps) - 1)
-        place = {"x": [steps[a] for a, _ in gaps], "y": [top] * len(gaps), "cliponaxis": False, "yaxis": axis}
-        figure.add_scatter(
-            mode="markers+text", marker=cross, text=text, textposition="middle left",
-            hovertext=said, hoverinfo="text", **place,
-        )  # fmt: skip
+    if not gaps:
+        return
+    for first, end in gaps[:_GAPS]:
+        place = {"x0": steps[first], "x1": steps[end], "y0": 0, "y1": 1, "yref": f"{axis} domain", "layer": "below"}
+        figure.add_shape(type="rect", fillcolor=VERMILION, opacity=0.12, line={"width": 0}, **place)
+    first = steps[gaps[0][0]]
+    late = first - steps[0] > 0.7 * (steps[-1] - steps[0])
+    note = {"text": ["not finite"], "textposition": "bottom left" if late else "bottom right"}
+    cross = {"marker": {"symbol": "x", "size": 9, "color": VERMILION}, "cliponaxis": False, "hoverinfo": "skip"}
+    top = max((v for v in y if v is not None), default=1.0)
+    figure.add_scatter(x=[first], y=[top], yaxis=axis, mode="markers+text", **cross, **note)
 
 
 def thin(values: Sequence[float], most: int) -> list[int]:

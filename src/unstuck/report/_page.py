@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import platform
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -248,7 +247,8 @@ def _forest(arm: Arm, colour: str, trial: Trial, half: float) -> Html:
 
 def _figure(name: str, label: str, caption: str) -> Html:
     plot = tag("div.plot", attrs={"id": name, "role": "img", "aria-label": label})
-    return tag("figure", plot, tag("figcaption", caption))
+    without = tag("noscript", "The curves need JavaScript; every number of the verdict is in the tables.")
+    return tag("figure", plot, without, tag("figcaption", caption))
 
 
 def _run(run: Shown, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> Html:
@@ -257,18 +257,11 @@ def _run(run: Shown, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> Htm
     if not any(run.series(name)[0] for name in ("loss", "grad_norm", "update_ratio", "lr")):
         return tag("section", heading, tag("p", "No step was recorded, so there is no curve to show."))
     figures["run-curves"] = draw_run(run, diagnosis.findings)
-    caption = "Faint: every step. Strong: smoothed."
+    caption = "Faint: every step. Strong: smoothed. Double-click a curve to see it whole again after zooming."
     gaps = stretches(loss)
     if gaps:
-        caption += (
-            f" The loss is not finite from step {steps[gaps[0][0]]:,} on"
-            if gaps[0][1] == len(loss) - 1
-            else (
-                f" The loss is not finite in {words.count(len(gaps), 'stretch').replace('stretchs', 'stretches')}, "
-                f"first at step {steps[gaps[0][0]]:,}"
-            )
-        )
-        caption += "; a cross marks each beginning."
+        onward = "on" if gaps[-1] == (gaps[0][0], len(loss) - 1) else "on, with finite values in between"
+        caption += f" Shaded: the loss is not finite from step {steps[gaps[0][0]]:,} {onward}."
     marked = ", ".join(f"{words.printable(f.code)} at step {f.step:,}" for f in diagnosis.findings)
     label = f"Curves of {words.count(run.steps, 'step')}." + (f" Marked: {marked}." if marked else "")
     return tag("section", heading, _figure("run-curves", label, caption))
@@ -283,7 +276,7 @@ def _checked(diagnosis: Diagnosis) -> Html:
             _row(tag("code", words.printable(code)), tag("td", words.printable(because)))
             for code, because in diagnosis.not_checked.items()
         ]
-        parts.append(_table("rivals", ("Not checked", "What is missing"), rows))
+        parts += [tag("h3", "Not checked"), _table("rivals", ("Cause", "What is missing"), rows)]
     return tag("section", *parts)
 
 
@@ -294,8 +287,7 @@ def _environment(run: Shown) -> Html:
         "Command": " ".join(map(str, header.get("argv", ()))),
         "Started": str(header.get("started", "")),
         "Recorded in": str(run.folder),
-        **{f"{name}": str(version) for name, version in dict(header.get("versions") or {}).items()},
-        "Report written on": f"Python {platform.python_version()}",
+        **{str(name): str(version) for name, version in dict(header.get("versions") or {}).items()},
     }
     pairs = [
         tag("div", tag("dt", words.printable(name)), tag("dd", tag("code", words.printable(text))))

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from unstuck.report import _words as words
 # Terminal colours, not fixed ones: they follow the user's light or dark theme. Filled means that an experiment decided.
 _BADGE = {PROVED: "bold reverse red", SHOWN: "bold reverse blue", SUSPECT: "bold magenta", CANNOT_TELL: "bold dim"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
+_NAME = 26  # columns for a name
 _WIDEST = 104  # longer lines are hard to read
 
 
@@ -69,7 +71,7 @@ def _finding(finding: Finding) -> RenderableType:
 
 def _table(*headings: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    table.add_column(Text(headings[0], "bold"), overflow="fold", max_width=26)
+    table.add_column(Text(headings[0], "bold not dim"), overflow="fold", max_width=_NAME)
     for heading in headings[1:]:
         table.add_column(heading, overflow="fold")
     return table
@@ -102,7 +104,7 @@ def _rivals(finding: Finding) -> Table:
 
 def _trial(trial: Trial) -> RenderableType:
     table = _table("Trial", "loss", "ends", "interval, %", "")
-    for column in (2, 3, 4):
+    for column in (0, 2, 3, 4):  # the curves give way where it is narrow
         table.columns[column].no_wrap = True
     finite = sorted(x for arm in trial.arms for x in arm.curve if math.isfinite(x)) or [0.0]
     low, high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]  # one wild batch must not flatten the rest
@@ -110,7 +112,7 @@ def _trial(trial: Trial) -> RenderableType:
         style = "bold" if arm.accepted else ""
         control = arm.role == "control"
         table.add_row(
-            Text(words.printable(arm.remedy), style),
+            Text(textwrap.fill(words.printable(arm.remedy), _NAME), style),
             Spark(arm.curve, low, high),
             Text("" if control else words.change(arm.effect), style),
             Text("" if control else words.change_interval(arm)),

@@ -20,7 +20,8 @@ def figures(x: float) -> str:
         text = f"{float(f'{x:.3g}'):,.0f}"
     else:
         mantissa, exponent = f"{x:.2e}".split("e")
-        text = f"{float(mantissa):g}×10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+        power = f"10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+        text = power if float(mantissa) == 1 else f"{float(mantissa):g}×{power}"
     return "0" if text == "-0" else text.replace("-", "−")
 
 

@@ -18,11 +18,15 @@
   }
   const fitAll = (width) => plots.forEach((plot) => fit(plot, width || plot[0].clientWidth));
   fitAll();
+  const main = document.querySelector("main");
   let waiting = 0;
+  let last = main.clientWidth;
   new ResizeObserver(() => {
+    if (main.clientWidth === last) return; // a list that opens changes the height only: keep the reader's zoom
+    last = main.clientWidth;
     cancelAnimationFrame(waiting);
     waiting = requestAnimationFrame(() => fitAll());
-  }).observe(document.querySelector("main"));
+  }).observe(main);
   window.addEventListener("beforeprint", () => fitAll(660));
   window.addEventListener("afterprint", () => fitAll());
 
