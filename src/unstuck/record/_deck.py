@@ -1,0 +1,140 @@
+"""Records steps as tapes, keeps the last ones and checks some of them against what really happened."""
+
+import sys
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+
+from unstuck.objective import Program, Recorder, Tape, TapeError, Vault
+
+KEPT = 120  # tapes: enough for a trial of 60 steps, 30 to cool down and 30 held out
+BYTES = 512 << 20
+LOSS_TOLERANCE = 1e-6  # relative: the attention kernel of the replay may differ
+GRADIENT_TOLERANCE = 1e-4  # relative to the norm
+
+
+class Deck:
+    """The tapes of a run over `leaves`. `refusals` says why steps could not be recorded, and how often."""
+
+    def __init__(self, leaves: list[Tensor]) -> None:
+        self.tapes: deque[Tape] = deque(maxlen=KEPT)
+        self.refusals: dict[str, int] = {}
+        self.seconds = 0.0
+        self.rescaled = 1.0  # of the gradient between backward and step, as last seen: clipping shows here
+        self._leaves = leaves
+        self._depth = len(_get_current_function_mode_stack())
+        self._recorder: Recorder | None = None
+        self._programs: list[Program] = []
+        self._vault = Vault()
+        self._made = 0
+
+    @property
+    def on(self) -> bool:
+        return self._recorder is not None
+
+    def listen(self) -> None:
+        """Starts to record, unless the script has a torch function mode or compiled code of its own."""
+        if self.on:
+            return
+        if len(_get_current_function_mode_stack()) != self._depth:
+            self.refuse("the script has a torch function mode of its own open at an optimiser step")
+        elif _compiled():
+            self.refuse("part of the script is compiled (torch.compile): its calls cannot be seen")
+        else:
+            self._recorder = Recorder(self._leaves)
+            self._recorder.__enter__()
+
+    def silence(self) -> Recorder | None:
+        """Stops to record; the recorder that was on."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is None:
+            return None
+        if _get_current_function_mode_stack()[-1:] != [recorder]:
+            raise RuntimeError("a torch function mode of the script was opened during a step and is still open")
+        recorder.__exit__(None, None, None)
+        self.seconds += getattr(recorder, "seconds", 0.0)
+        return recorder
+
+    def root(self, roots: Sequence[Tensor]) -> None:
+        if self._recorder is not None:
+            self._recorder.root(roots)
+
+    def compiled(self, recorder: Recorder, step: int) -> Tape | None:
+        """The tape of the step, or None where it is refused."""
+        known = self._programs[-1] if self._programs else None
+        try:
+            tape = recorder.finish(self._vault, step=step, like=known)
+        except TapeError as error:
+            self.refuse(str(error))
+            return None
+        if tape.program is not known:
+            same = next((p for p in self._programs if p == tape.program), None)
+            if same is not None:
+                tape = replace(tape, program=same)
+        return tape
+
+    def check(self, tape: Tape, parameters: Sequence[Tensor]) -> bool:
+        """Whether the replay gives the loss and the gradient that the step really had; also whether it was due."""
+        self._made += 1
+        new = not any(tape.program is p for p in self._programs)
+        if not (new and len(self._programs) < 16) and self._made & (self._made - 1):
+            return not new
+        values = [p.detach().requires_grad_() for p in self._leaves]
+        wanted = [k for k, p in enumerate(self._leaves) if any(p is q for q in parameters) and p.grad is not None]
+        try:
+            with torch.enable_grad():
+                loss = tape.replay(values)
+                found = torch.autograd.grad(
+                    loss, [values[k] for k in wanted], allow_unused=True, materialize_grads=True
+                )
+        except (TapeError, RuntimeError) as error:
+            self.refuse(f"the replay failed: {error}")
+            return False
+        if not _close(float(loss), tape.loss):
+            self.refuse(f"the replay gives the loss {float(loss):.6g} where the step had {tape.loss:.6g}")
+            return False
+        if not self._same_gradient([self._leaves[k].grad for k in wanted], found):
+            return False
+        if new:
+            self._programs.append(tape.program)
+        return True
+
+    def keep(self, tape: Tape) -> None:
+        self.tapes.append(tape)
+        while (
+            len(self.tapes) > 2 and sum(t.bytes for t in (self.tapes[0], self.tapes[-1])) / 2 * len(self.tapes) > BYTES
+        ):
+            self.tapes.popleft()
+
+    def refuse(self, reason: str) -> None:
+        self.refusals[reason] = self.refusals.get(reason, 0) + 1
+
+    def _same_gradient(self, had: Sequence[Tensor | None], found: Sequence[Tensor]) -> bool:
+        g = torch.cat(
+            [h.detach().flatten().double() for h in had if h is not None and not h.is_sparse] or [torch.zeros(0)]
+        )
+        r = torch.cat(
+            [f.flatten().double() for h, f in zip(had, found, strict=True) if h is not None and not h.is_sparse] or [g]
+        )
+        size, replayed = float(g.norm()), float(r.norm())
+        if not (size > 0 and replayed > 0 and torch.isfinite(g).all()):
+            return True
+        scale = float(g @ r) / replayed**2  # clipping and loss scaling multiply the whole gradient
+        if float((g - scale * r).norm()) > GRADIENT_TOLERANCE * size:
+            self.refuse("the replayed gradient differs from the one that the step used")
+            return False
+        self.rescaled = scale
+        return True
+
+
+def _close(a: float, b: float) -> bool:
+    return a == b or (a != a and b != b) or abs(a - b) <= LOSS_TOLERANCE * max(abs(a), abs(b), 1e-12)
+
+
+def _compiled() -> bool:
+    frame = sys.modules.get("torch._dynamo.eval_frame")
+    return any(callable(b) for b in getattr(frame, "cached_backends", {}).values())

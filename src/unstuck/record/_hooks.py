@@ -1,0 +1,92 @@
+"""Where the watcher listens: torch's optimiser hooks, and two calls wrapped for as long as the run is watched."""
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+
+class Listener(Protocol):
+    """What the hooks call."""
+
+    def optimizer_made(self) -> None: ...
+    def backward_called(self, roots: list[Tensor]) -> None: ...
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def gave_up(self, reason: str) -> None: ...
+
+
+class Hooks:
+    """Puts the hooks in place and removes every one of them.
+
+    A listener that fails costs the watcher, never the run: it is told, by `gave_up`, and not called again. A forked
+    process (a loader's worker) is not listened to. `seconds` is the time spent in the listener.
+    """
+
+    def __init__(self, listener: Listener) -> None:
+        self.seconds = 0.0
+        self._listener = listener
+        self._process = os.getpid()
+        self._failed = False
+        self._undo: list[Callable[[], None]] = []
+
+    def put(self) -> None:
+        before, after = self._guarded(self._listener.before_step), self._guarded(self._listener.after_step)
+        self._undo = [
+            register_optimizer_step_pre_hook(lambda optimizer, *_: before(optimizer)).remove,
+            register_optimizer_step_post_hook(lambda optimizer, *_: after(optimizer)).remove,
+            self._wrap(torch.autograd, "backward", before=self._roots),
+            self._wrap(torch.optim.Optimizer, "__init__", after=self._listener.optimizer_made),
+        ]
+
+    def remove(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _roots(self, roots: Any = None, *_: Any, tensors: Any = None, **__: Any) -> None:
+        given = roots if roots is not None else tensors
+        self._listener.backward_called([given] if isinstance(given, Tensor) else list(given or ()))
+
+    def _wrap(
+        self,
+        owner: Any,
+        name: str,
+        *,
+        before: Callable[..., None] | None = None,
+        after: Callable[[], None] | None = None,
+    ) -> Callable[[], None]:
+        original = getattr(owner, name)
+        first = None if before is None else self._guarded(before)
+        last = None if after is None else self._guarded(after)
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if first is not None:
+                first(*args, **kwargs)
+            result = original(*args, **kwargs)
+            if last is not None:
+                last()
+            return result
+
+        setattr(owner, name, wrapped)
+        return lambda: setattr(owner, name, original)
+
+    def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            if self._failed or os.getpid() != self._process:
+                return
+            began = time.perf_counter()
+            try:
+                with torch.no_grad():
+                    hook(*args, **kwargs)
+            except Exception as error:
+                self._failed = True
+                self._listener.gave_up(f"{type(error).__name__}: {error}")
+            self.seconds += time.perf_counter() - began
+
+        return run

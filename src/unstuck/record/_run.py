@@ -1,0 +1,102 @@
+"""A recorded run, read from its folder."""
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from unstuck.objective import Tape, unpack
+from unstuck.record._log import NAME, read_log
+from unstuck.record._state import State, unpack_state
+
+TAPES = "tapes.pt"
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """What of a run can be replayed: its last tapes and the states that go with them."""
+
+    names: tuple[str, ...]  # of the parameters
+    tapes: tuple[Tape, ...]  # oldest first
+    states: tuple[State, ...]  # the first, the latest finite ones and the last, by step
+
+
+class Run:
+    """What was recorded of a training, read from its folder: the log and, where there are any, tapes and states.
+
+    While the training still goes on, every reading shows it as it stands.
+    """
+
+    diagnose: ClassVar[Callable[..., Any]]  # joined in `unstuck`, where both rooms are known
+
+    def __init__(self, folder: str | Path, *, save: Callable[[], None] | None = None) -> None:
+        self.folder = Path(folder)
+        self._save = save  # writes what is still in memory, while the run is watched
+        self._events: list[dict[str, Any]] = []
+        self._read = -1
+        if save is None and not (self.folder / NAME).is_file():
+            raise ValueError(
+                f"a run folder with a {NAME} was needed, got {self.folder}: `unstuck run SCRIPT` makes one"
+            )
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """All records of the log, in order."""
+        path = self.folder / NAME
+        size = path.stat().st_size if path.is_file() else 0
+        if size != self._read:
+            self._events, self._read = (list(read_log(self.folder)) if size else []), size
+        return self._events
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The records of one kind."""
+        return [e for e in self.events if e["kind"] == kind]
+
+    @property
+    def header(self) -> Mapping[str, Any]:
+        """What was run, with what: script, argv, started, versions."""
+        return next((e for e in self.events if e["kind"] == "start"), {})
+
+    @property
+    def script(self) -> str:
+        return str(self.header.get("script", ""))
+
+    @property
+    def steps(self) -> int:
+        """How many optimiser steps were recorded."""
+        return next((e["step"] for e in reversed(self.events) if e["kind"] == "step"), 0)
+
+    @property
+    def seconds(self) -> float:
+        return float(next((e["time"] for e in reversed(self.events) if "time" in e), 0.0))
+
+    @property
+    def overhead(self) -> float:
+        """The share of the run's time that watching took; NaN where the run was killed."""
+        return float(next((e["overhead"] for e in reversed(self.events) if "overhead" in e), float("nan")))
+
+    @property
+    def outcome(self) -> str:
+        """How it ended: "finished", "interrupted", "raised …", or "cut off" where no end was recorded."""
+        return str(next((e["outcome"] for e in reversed(self.events) if e["kind"] == "end"), "cut off"))
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """The steps at which a quantity was recorded, and its values: "loss", "grad_norm", "update_ratio", "lr"."""
+        found = [(e["step"], float(e[name])) for e in self.events if e["kind"] == "step" and e.get(name) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def memory(self) -> Memory | None:
+        """The tapes and states, or None where the run left none."""
+        if self._save is not None:
+            self._save()
+        path = self.folder / TAPES
+        if not path.is_file():
+            return None
+        try:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
+            return None  # torn by a crash: the log still stands
+        return Memory(tuple(data["names"]), tuple(unpack(data)), tuple(unpack_state(s) for s in data["states"]))

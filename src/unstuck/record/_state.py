@@ -1,0 +1,104 @@
+"""Where the weights and the optimiser stood at a step, as copies that nobody else writes into."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Weights, and the optimiser that moves them, as they stood before a step."""
+
+    step: int  # how many steps had been taken
+    weights: tuple[Tensor, ...]  # one for each known parameter
+    optimizer: "Optimizer | None"
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(w.isfinite().all()) for w in self.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class Optimizer:
+    """An optimiser taken apart: enough to build another one of its kind over copies of the weights."""
+
+    kind: str  # dotted name of the class
+    groups: tuple[Mapping[str, Any], ...]  # options of each group, without its parameters
+    members: tuple[tuple[int, ...], ...]  # the parameters of each group, by their index
+    state: Mapping[int, Mapping[str, Any]]  # by the index of the parameter
+
+    def build(self, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser over `weights` (leaves, one for each known parameter) with its state copied.
+
+        ValueError where the class cannot be found or built from its groups' options.
+        """
+        module, _, name = self.kind.rpartition(".")
+        groups = [
+            {**options, "params": [weights[k] for k in members]}
+            for options, members in zip(self.groups, self.members, strict=True)
+        ]
+        try:
+            kind = getattr(importlib.import_module(module), name)
+            built: torch.optim.Optimizer = kind(groups)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"an optimiser like the script's ({self.kind}) cannot be built again: {error}") from None
+        for k, values in self.state.items():
+            built.state[weights[k]] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
+        return built
+
+
+def snapshot(step: int, leaves: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> State:
+    """Copies of the weights and of the optimiser's state."""
+    return State(
+        step, tuple(p.detach().clone() for p in leaves), None if optimizer is None else taken_apart(optimizer, leaves)
+    )
+
+
+def taken_apart(optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor]) -> Optimizer:
+    index = {id(p): k for k, p in enumerate(leaves)}
+    kind = type(optimizer)
+    return Optimizer(
+        kind=f"{kind.__module__}.{kind.__qualname__}",
+        groups=tuple(
+            {k: v.item() if isinstance(v, Tensor) else v for k, v in g.items() if k != "params"}
+            for g in optimizer.param_groups
+        ),
+        members=tuple(tuple(index[id(p)] for p in g["params"]) for g in optimizer.param_groups),
+        state={
+            index[id(p)]: {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+            for p, values in optimizer.state.items()
+            if id(p) in index
+        },
+    )
+
+
+def pack_state(state: State) -> dict[str, Any]:
+    """The state as plain values and tensors, for torch.save."""
+    optimizer = None
+    if state.optimizer is not None:
+        o = state.optimizer
+        optimizer = {
+            "kind": o.kind,
+            "groups": [{k: v for k, v in g.items() if _plain(v)} for g in o.groups],
+            "members": [list(m) for m in o.members],
+            "state": {k: {n: v for n, v in s.items() if _plain(v)} for k, s in o.state.items()},
+        }
+    return {"step": state.step, "weights": list(state.weights), "optimizer": optimizer}
+
+
+def unpack_state(data: Mapping[str, Any]) -> State:
+    o = data["optimizer"]
+    optimizer = None
+    if o is not None:
+        optimizer = Optimizer(o["kind"], tuple(o["groups"]), tuple(tuple(m) for m in o["members"]), o["state"])
+    return State(data["step"], tuple(data["weights"]), optimizer)
+
+
+def _plain(x: Any) -> bool:
+    if isinstance(x, (tuple, list)):
+        return all(_plain(y) for y in x)
+    return x is None or isinstance(x, (bool, int, float, str, Tensor))

@@ -1,0 +1,259 @@
+"""Watches a live run and writes what it sees to a run folder. Nothing in the run changes, to the last bit."""
+
+import contextlib
+import datetime
+import math
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unstuck.objective import Recorder, Tape, TapeError, caller, pack
+from unstuck.record._deck import Deck
+from unstuck.record._hooks import Hooks
+from unstuck.record._log import Log
+from unstuck.record._models import models_alive, parameter_names
+from unstuck.record._pulses import Pulses, StaleGradients, cut_off, first_nonfinite, orphans
+from unstuck.record._run import TAPES, Run
+from unstuck.record._state import State, pack_state, snapshot
+
+FOLDER = Path("unstuck-runs")
+FREE_SECONDS = 2.0  # what watching may take before the promised share counts
+SNAPSHOT_EVERY = 50  # steps
+
+
+class Watch:
+    """The watcher of one process: `start` it, and `stop` it whatever happens in between."""
+
+    def __init__(self, folder: Path, *, models: Sequence[nn.Module] = (), budget: float = 0.02) -> None:
+        self.folder = folder
+        self.steps = 0
+        self._models = list(models)
+        self._budget = budget
+        self._log = Log(folder)
+        self._hooks = Hooks(self)
+        self._leaves: list[Tensor] = []
+        self._names: list[str] = []  # of the leaves: kept, since a model may be gone before its run is written
+        self._deck = Deck(self._leaves)
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._pulses = Pulses()
+        self._stale = StaleGradients()
+        self._losses: list[Tensor] = []  # what backward was called on since the last step
+        self._record: dict[str, Any] = {}  # of the step being taken
+        self._counts: dict[str, int] = {}
+        self._states: list[State] = []
+        self._saved = -1
+        self._began = time.perf_counter()
+
+    def start(self, script: str, argv: Sequence[str], optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
+        if self._log.failed:
+            warnings.warn(f"the run folder cannot be written ({self._log.failed}): nothing is recorded", stacklevel=3)
+        self._log.write(
+            "start",
+            version=1,
+            script=script,
+            argv=list(argv),
+            started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            unstuck=version("unstuck"),
+            torch=torch.__version__,
+            python=platform.python_version(),
+            processors=os.cpu_count(),
+        )
+        self._hooks.put()
+        for optimizer in optimizers:
+            self._meet(optimizer)
+        if optimizers:
+            self._deck.listen()
+
+    def stop(self, outcome: str) -> None:
+        """Removes everything that `start` put in place and writes what is left to write."""
+        self._hooks.remove()
+        with contextlib.suppress(RuntimeError):
+            self._deck.silence()
+        self.save()
+        end = {"time": self._elapsed(), "overhead": self._overhead(), "refusals": self._deck.refusals}
+        self._log.write("end", outcome=outcome, **end)
+        self._log.close()
+
+    def save(self) -> None:
+        """Writes the tapes and states to the run folder, whole or not at all."""
+        if self._saved == self.steps or not self._deck.tapes or self._log.failed:
+            return
+        states = [*self._states, snapshot(self.steps, self._leaves, self._only())]
+        path = self.folder / TAPES
+        try:
+            data = pack(list(self._deck.tapes))
+            data["names"] = self._names
+            data["states"] = [pack_state(s) for s in states]
+            data["rescaled"] = self._deck.rescaled
+            torch.save(data, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+        except (TapeError, OSError, RuntimeError) as error:
+            self._fact("not-saved", because=str(error))
+        self._saved = self.steps
+
+    def optimizer_made(self) -> None:
+        if not self.steps:
+            self._deck.listen()  # so that the first step is heard as well
+
+    def backward_called(self, roots: list[Tensor]) -> None:
+        self._losses.extend(t.detach() for t in roots if t.numel() == 1)
+        self._stale.note_backward()
+        self._deck.root(roots)
+
+    def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        recorder = self._deck.silence()
+        self._meet(optimizer)
+        tape = None if recorder is None else self._deck.compiled(recorder, self.steps + 1)
+        if not self._states:
+            self._states.append(snapshot(0, self._leaves, self._only()))
+        stale = self._stale.used_by(optimizer)
+        if stale is not None:
+            self._counted("stale-gradient", where=self._name(stale), line=caller())
+        if tape is not None and stale is None and not self._deck.check(tape, _moved(optimizer)):
+            tape = None
+        if tape is not None:
+            self._deck.keep(tape)
+        if recorder is not None:
+            self._note_parameters(recorder, optimizer)
+        self._record = self._pulses.before_step(optimizer)
+        self._read_loss(tape)
+
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.steps += 1
+        if "loss" not in self._record and self._losses:  # the optimiser called backward itself, in a closure
+            self._record["loss"] = float(self._losses[-1])
+        self._record.update(self._pulses.after_step(optimizer))
+        which = self._optimizers.index(optimizer)
+        self._log.write("step", step=self.steps, time=self._elapsed(), optimizer=which, **self._record)
+        self._stale.note_step(optimizer)
+        self._losses.clear()
+        if self.steps % SNAPSHOT_EVERY == 0 and math.isfinite(self._record.get("loss") or 0.0):
+            self._states[1:] = [*self._states[1:][-1:], snapshot(self.steps, self._leaves, self._only())]
+        if self._spent() < FREE_SECONDS + self._budget * self._elapsed():
+            self._deck.listen()
+
+    def gave_up(self, reason: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._deck.silence()
+        self._fact("watcher-failed", because=reason)
+
+    def _meet(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes the optimiser's parameters known, and names them by the models that own them."""
+        known = {id(p) for p in self._leaves}
+        self._leaves.extend(p for p in _moved(optimizer) if id(p) not in known)
+        if len(self._leaves) != len(self._names):
+            self._learn_names()
+        if any(optimizer is o for o in self._optimizers):
+            return
+        self._optimizers.append(optimizer)
+        groups = [{k: v for k, v in g.items() if isinstance(v, (bool, int, float))} for g in optimizer.param_groups]
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        self._log.write(
+            "optimizer", index=len(self._optimizers) - 1, name=kind, groups=groups, parameters=len(_moved(optimizer))
+        )
+
+    def _note_parameters(self, recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
+        cut = cut_off(recorder, optimizer)
+        if cut:
+            function, line = recorder.cuts[0]
+            self._counted("graph-cut", names=[self._name(p) for p in cut], function=function, line=line)
+        lost = orphans(recorder, self._optimizers)
+        if lost:
+            self._counted("orphan-gradient", names=[self._name(p) for p in lost])
+
+    def _read_loss(self, tape: Tape | None) -> None:
+        if not self._losses:
+            return
+        loss = float(sum(self._losses[1:], self._losses[0]))
+        self._record["loss"] = loss
+        self._record["backwards"] = len(self._losses)
+        if not math.isfinite(loss) and "non-finite" not in self._counts:
+            self._counted("non-finite", loss=loss, **first_nonfinite(tape, self._leaves, self._name))
+
+    def _counted(self, code: str, **values: Any) -> None:
+        """Logs a fact that may come at every step: the first time, and whenever its count has doubled."""
+        count = self._counts[code] = self._counts.get(code, 0) + 1
+        if count & (count - 1) == 0:
+            self._fact(code, count=count, **values)
+
+    def _fact(self, code: str, **values: Any) -> None:
+        self._log.write("fact", code=code, step=self.steps + 1, **values)
+
+    def _learn_names(self) -> None:
+        self._names = parameter_names(self._leaves, self._models)
+        if any(name.startswith("tensor[") for name in self._names):
+            self._models = models_alive()
+            self._names = parameter_names(self._leaves, self._models)
+
+    def _name(self, leaf: Tensor) -> str:
+        if len(self._leaves) != len(self._names):
+            self._learn_names()
+        return next((n for n, p in zip(self._names, self._leaves, strict=True) if p is leaf), "")
+
+    def _only(self) -> torch.optim.Optimizer | None:
+        return self._optimizers[0] if len(self._optimizers) == 1 else None
+
+    def _spent(self) -> float:
+        return self._hooks.seconds + self._deck.seconds
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._began
+
+    def _overhead(self) -> float:
+        return self._spent() / max(self._elapsed(), 1e-9)
+
+
+@contextlib.contextmanager
+def watch(
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    folder: str | Path | None = None,
+    budget: float = 0.02,
+) -> Iterator[Run]:
+    """Watches the training inside the block; the loop in it stays as it is.
+
+    Model and optimiser are found by themselves where they are not given. The run is written to `folder` (by default a
+    new one below `unstuck-runs`) and can be read at any time. `budget` is the share of the time that recording may
+    take.
+    """
+    script = getattr(sys.modules.get("__main__"), "__file__", None) or "interactive session"
+    place = Path(folder) if folder is not None else new_folder(Path(script).stem)
+    watcher = Watch(place, models=[] if model is None else [model], budget=budget)
+    watcher.start(script, sys.argv[1:], [] if optimizer is None else [optimizer])
+    outcome = "finished"
+    run = Run(place, save=watcher.save)
+    try:
+        yield run
+    except KeyboardInterrupt:
+        outcome = "interrupted"
+        raise
+    except BaseException as error:
+        outcome = f"raised {type(error).__name__}"
+        raise
+    finally:
+        watcher.stop(outcome)
+
+
+def new_folder(name: str) -> Path:
+    """A folder for a run that does not exist yet, named after the time and the script."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+    folder = FOLDER / f"{stamp}-{name}"
+    k = 1
+    while folder.exists():
+        k += 1
+        folder = FOLDER / f"{stamp}-{name}-{k}"
+    return folder
+
+
+def _moved(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for g in optimizer.param_groups for p in g["params"]]
