@@ -80,7 +80,7 @@ def looks(trial: Trial) -> list[tuple[str, str]]:
 
 def draw_run(run: Recorded, findings: Sequence[Finding] = ()) -> go.Figure:
     """The run's curves above each other over one axis of steps, with the step of each finding marked."""
-    drawn = {name: run.series(name) for name in _PANELS if run.series(name)[0]}
+    drawn = {name: series for name in _PANELS if (series := run.series(name))[0]}
     figure, rows, gap = go.Figure(), max(len(drawn), 1), 0.09
     share = (1 - gap * (rows - 1)) / rows
     for row, (name, (steps, values)) in enumerate(drawn.items()):

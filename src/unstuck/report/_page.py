@@ -81,7 +81,7 @@ def _masthead(diagnosis: Diagnosis, run: Shown) -> Html:
     started = str(run.header.get("started", ""))[:16].replace("T", " ")
     facts = [
         words.count(diagnosis.steps, "step"),
-        f"{words.duration(diagnosis.seconds)}, {words.share(diagnosis.overhead)} of it watching",
+        words.took(diagnosis),
         started,
     ]
     rest = [f for i, f in enumerate(diagnosis.findings) if i]

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.constrain import Constrain
 from rich.measure import Measurement
@@ -32,36 +33,31 @@ def screen(diagnosis: Diagnosis) -> RenderableType:
     return Constrain(Group(*parts), _WIDEST)
 
 
-def _quiet(diagnosis: Diagnosis) -> Text:
-    mark = (" ✓ ", "bold green") if diagnosis.checked else (" ? ", "bold")
-    took = f"  {words.duration(diagnosis.seconds)}, {words.share(diagnosis.overhead)} of it watching"
-    return Text.assemble(mark, words.quiet_line(diagnosis), (took, "dim"))
+def _quiet(diagnosis: Diagnosis) -> RenderableType:
+    mark = ("✓ ", "bold green") if diagnosis.checked else ("? ", "bold")
+    line = Text.assemble(mark, words.quiet_line(diagnosis), (f"  {words.took(diagnosis)}", "dim"))
+    return Padding(line, (0, 0, 0, 1))
 
 
-def _masthead(diagnosis: Diagnosis) -> Text:
-    took = (
-        f"  {words.count(diagnosis.steps, 'step')} in {words.duration(diagnosis.seconds)}, "
-        f"{words.share(diagnosis.overhead)} of it watching"
-    )
-    return Text.assemble(" ", (words.printable(diagnosis.script), "bold"), (took, "dim"), overflow="fold")
+def _masthead(diagnosis: Diagnosis) -> RenderableType:
+    took = f"  {words.count(diagnosis.steps, 'step')}, {words.took(diagnosis)}"
+    line = Text.assemble((words.printable(diagnosis.script), "bold"), (took, "dim"), overflow="fold")
+    return Padding(line, (0, 0, 0, 1))
 
 
 def _finding(finding: Finding) -> RenderableType:
-    head = Text.assemble(
-        (f" {finding.word} ", _BADGE[finding.word]),
-        " ",
-        (words.printable(finding.code), "bold"),
-        (f"  since step {finding.step:,}", "dim"),
-        (f" in {words.printable(finding.where)}" if finding.where else "", "dim"),
-        overflow="fold",
-    )
+    head = Table.grid(padding=(0, 1, 0, 0))
+    since = f"  since step {finding.step:,}" + (f" in {words.printable(finding.where)}" if finding.where else "")
+    cause = Text.assemble((words.printable(finding.code), "bold"), (since, "dim"), overflow="fold")
+    head.add_row(Text(f" {finding.word} ", _BADGE[finding.word], no_wrap=True), cause)
     body: list[RenderableType] = [Text(words.printable(finding.claim), overflow="fold")]
     if finding.evidence:
-        body += ["", _evidence(finding)]
+        body += ["", Fitting(firm(_evidence(finding), 1, 2, 3), _evidence(finding))]
     if finding.ruled_out:
         body += ["", _rivals(finding)]
     if finding.trial is not None:
-        body += ["", _trial(finding.trial)]
+        trial = finding.trial
+        body += ["", Fitting(firm(_trial(trial), 0, 2, 3, 4), _trial(trial)), Text(words.protocol(trial), "dim")]
     if finding.advice:
         advice = Table.grid(padding=(0, 1))
         advice.add_row(Text("→", "bold green"), Text(words.printable(finding.advice), "bold", overflow="fold"))
@@ -77,12 +73,18 @@ def _table(*headings: str) -> Table:
     return table
 
 
+def firm(table: Table, *columns: int) -> Table:
+    """The table with columns of text that do not wrap, so that the others give way."""
+    for column in (table.columns[i] for i in columns):
+        lines = [line for cell in (column.header, *column.cells) for line in str(cell).splitlines()]
+        column.no_wrap, column.min_width = True, max(map(cell_len, lines), default=0)
+    return table
+
+
 def _evidence(finding: Finding) -> Table:
     table = _table("Evidence", "value", "interval", "n", "what it means")
     for column in (1, 3):
         table.columns[column].justify = "right"
-    for column in (1, 2, 3):
-        table.columns[column].no_wrap = True
     for e in finding.evidence:
         value = Text(words.figures(e.value), "bold")
         table.add_row(
@@ -102,10 +104,8 @@ def _rivals(finding: Finding) -> Table:
     return table
 
 
-def _trial(trial: Trial) -> RenderableType:
+def _trial(trial: Trial) -> Table:
     table = _table("Trial", "loss", "ends", "interval, %", "")
-    for column in (0, 2, 3, 4):  # the curves give way where it is narrow
-        table.columns[column].no_wrap = True
     finite = sorted(x for arm in trial.arms for x in arm.curve if math.isfinite(x)) or [0.0]
     low, high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]  # one wild batch must not flatten the rest
     for arm in trial.arms:
@@ -120,12 +120,24 @@ def _trial(trial: Trial) -> RenderableType:
                 words.outcome(arm), "bold green" if arm.accepted else "red" if words.outcome(arm) == "worse" else "dim"
             ),
         )
-    return Group(table, Text(words.protocol(trial), "dim"))
+    return table
 
 
 def _not_checked(diagnosis: Diagnosis) -> RenderableType:
     listed = "; ".join(f"{code} ({because})" for code, because in diagnosis.not_checked.items())
     return Padding(Text(f"Not checked: {words.printable(listed)}.", "dim", overflow="fold"), (1, 0, 0, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Fitting:
+    """The roomy table where it fits, else the tight one: a number is never cut off."""
+
+    roomy: Table
+    tight: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        needed = Measurement.get(console, options.update(width=10_000), self.roomy).minimum
+        yield self.roomy if needed <= options.max_width else self.tight
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +162,6 @@ class Spark:
     def _block(self, values: Sequence[float]) -> str:
         if not all(map(math.isfinite, values)):
             return "×"
-        logs = self.low > 0
-        low, high, middle = (math.log(x) if logs else x for x in (self.low, self.high, statistics.median(values)))
-        return _BLOCKS[max(0, min(7, int(8 * (middle - low) / (high - low))))] if high > low else _BLOCKS[0]
+        middle = min(max(statistics.median(values), self.low), self.high)
+        low, high, middle = (math.log(x) if self.low > 0 else x for x in (self.low, self.high, middle))
+        return _BLOCKS[min(7, int(8 * (middle - low) / (high - low)))] if high > low else _BLOCKS[0]

@@ -21,7 +21,7 @@ def figures(x: float) -> str:
     else:
         mantissa, exponent = f"{x:.2e}".split("e")
         power = f"10{str(int(exponent)).translate(_SUPERSCRIPT)}"
-        text = power if float(mantissa) == 1 else f"{float(mantissa):g}×{power}"
+        text = {1.0: power, -1.0: f"-{power}"}.get(float(mantissa), f"{float(mantissa):g}×{power}")
     return "0" if text == "-0" else text.replace("-", "−")
 
 
@@ -94,9 +94,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def share(x: float) -> str:
-    """A share of one in per cent, `1.4 %`; a small one is not rounded to nothing."""
-    return f"{100 * x:.1f} %" if math.isfinite(x) else "an unknown share"
+def took(diagnosis: Diagnosis) -> str:
+    """How long the run took and the share of it that watching cost, where that is known."""
+    if not math.isfinite(diagnosis.overhead):
+        return duration(diagnosis.seconds)
+    return f"{duration(diagnosis.seconds)}, {100 * diagnosis.overhead:.1f} % of it watching"
 
 
 def quiet_line(diagnosis: Diagnosis) -> str:
