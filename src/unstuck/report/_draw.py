@@ -3,7 +3,8 @@
 import functools
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,7 +29,13 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-s
 
 
 class Recorded(Protocol):
-    """What a picture needs of a run: its series by name, as steps and values."""
+    """What is shown of a run: what was run where, and its series by name, as steps and values."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def header(self) -> Mapping[str, Any]: ...
 
     @property
     def steps(self) -> int: ...

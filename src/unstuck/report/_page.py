@@ -4,10 +4,10 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -27,17 +27,7 @@ _MEANING = {
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
 
-class Shown(Recorded, Protocol):
-    """What the page needs of a run beyond its curves."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def header(self) -> Mapping[str, Any]: ...
-
-
-def page(diagnosis: Diagnosis, run: Shown) -> str:
+def page(diagnosis: Diagnosis, run: Recorded) -> str:
     """The diagnosis and the run as one HTML file that opens from disk and loads nothing."""
     figures: dict[str, go.Figure] = {}
     articles = [_finding(f, i, figures) for i, f in enumerate(diagnosis.findings)] or [_healthy(diagnosis)]
@@ -77,7 +67,7 @@ def _title(diagnosis: Diagnosis) -> str:
     return f"{diagnosis.findings[0].word.capitalize()}: {diagnosis.findings[0].code}"
 
 
-def _masthead(diagnosis: Diagnosis, run: Shown) -> Html:
+def _masthead(diagnosis: Diagnosis, run: Recorded) -> Html:
     started = str(run.header.get("started", ""))[:16].replace("T", " ")
     facts = [
         words.count(diagnosis.steps, "step"),
@@ -251,7 +241,7 @@ def _figure(name: str, label: str, caption: str) -> Html:
     return tag("figure", plot, without, tag("figcaption", caption))
 
 
-def _run(run: Shown, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> Html:
+def _run(run: Recorded, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> Html:
     heading = tag("h2", "The run", attrs={"id": "run"})
     steps, loss = run.series("loss")
     if not any(run.series(name)[0] for name in ("loss", "grad_norm", "update_ratio", "lr")):
@@ -280,7 +270,7 @@ def _checked(diagnosis: Diagnosis) -> Html:
     return tag("section", *parts)
 
 
-def _environment(run: Shown) -> Html:
+def _environment(run: Recorded) -> Html:
     header = run.header
     entries = {
         "Script": str(header.get("script", "")),
