@@ -24,6 +24,7 @@ _PANELS = {
 }
 _LONGEST = 30  # characters of a label at a curve's end
 _GAPS = 50  # shaded stretches without finite values; more would only be slow
+SMOOTHED_FROM = 100  # steps: fewer are few enough to see
 _POINTS = 1500  # per curve: more than the pixels of a screen
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 
@@ -160,7 +161,7 @@ def _panel(figure: go.Figure, steps: Sequence[int], values: Sequence[float], axi
     """One series: faint as measured, strong smoothed, shaded where it is not finite."""
     kept = thin(values, _POINTS)
     x, y = [steps[i] for i in kept], finite([values[i] for i in kept])
-    smooth = len(values) >= 100 and len(set(y)) > len(y) / 2  # a schedule is drawn as it is
+    smooth = len(values) >= SMOOTHED_FROM and len(set(y)) > len(y) / 2  # a schedule is drawn as it is
     line = {"width": 1 if smooth else 2, "color": BLUE, "shape": "linear"}
     name = {"hovertemplate": "%{y:.3g}", "name": "", "yaxis": axis}
     marks = "lines" if len(kept) > 1 else "markers"
@@ -241,7 +242,7 @@ def _axis(values: Sequence[float]) -> dict[str, Any]:
         decades = range(math.floor(a), math.ceil(b) + 1)
         every = max(1, len(decades) // 6)
         ticks = [d * 10.0**k for k in decades if k % every == 0 for d in digits]
-        labels = [words.figures(t) for t in ticks]
+        labels = [words.power(t) if t >= 1e4 else words.figures(t) for t in ticks]
         return {"type": "log", "range": [a - pad, b + pad], "tickvals": ticks, "ticktext": labels}
     pad = 0.06 * (high - low) or abs(high) or 1.0
     floor = 0.0 if 0 <= low < 0.5 * high else low - pad

@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from unstuck.diagnosis._findings import CANNOT_TELL, PROVED, SHOWN, SUSPECT, Arm, Diagnosis, Finding, Trial
 from unstuck.report import _words as words
-from unstuck.report._draw import Recorded, draw, draw_run, looks, stretches
+from unstuck.report._draw import SMOOTHED_FROM, Recorded, draw, draw_run, looks, stretches
 from unstuck.report._html import Html, join, json_script, tag
 
 _MEANING = {
@@ -247,7 +247,8 @@ def _run(run: Recorded, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> 
     if not any(run.series(name)[0] for name in ("loss", "grad_norm", "update_ratio", "lr")):
         return tag("section", heading, tag("p", "No step was recorded, so there is no curve to show."))
     figures["run-curves"] = draw_run(run, diagnosis.findings)
-    caption = "Faint: every step. Strong: smoothed. Double-click a curve to see it whole again after zooming."
+    caption = "Faint: every step. Strong: smoothed. " if run.steps >= SMOOTHED_FROM else ""
+    caption += "Drag over a curve to zoom, double-click to see it whole again."
     gaps = stretches(loss)
     if gaps:
         onward = "on" if gaps[-1] == (gaps[0][0], len(loss) - 1) else "on, with finite values in between"
@@ -271,14 +272,16 @@ def _checked(diagnosis: Diagnosis) -> Html:
 
 
 def _environment(run: Recorded) -> Html:
-    header = run.header
-    entries = {
-        "Script": str(header.get("script", "")),
-        "Command": " ".join(map(str, header.get("argv", ()))),
-        "Started": str(header.get("started", "")),
-        "Recorded in": str(run.folder),
-        **{str(name): str(version) for name, version in dict(header.get("versions") or {}).items()},
+    header = dict(run.header)
+    named = {
+        "Script": header.pop("script", ""),
+        "Arguments": " ".join(map(str, header.pop("argv", ()))),
+        "Started": header.pop("started", ""),
+        "Recorded in": run.folder,
     }
+    versions = header.pop("versions", {})  # everything else of the header as it stands
+    rest = {name: value for name, value in header.items() if name not in ("kind", "version")}
+    entries = {str(name): str(value) for name, value in {**named, **versions, **rest}.items()}
     pairs = [
         tag("div", tag("dt", words.printable(name)), tag("dd", tag("code", words.printable(text))))
         for name, text in entries.items()

@@ -19,10 +19,16 @@ def figures(x: float) -> str:
     elif 1000 <= size < 1e6:
         text = f"{float(f'{x:.3g}'):,.0f}"
     else:
-        mantissa, exponent = f"{x:.2e}".split("e")
-        power = f"10{str(int(exponent)).translate(_SUPERSCRIPT)}"
-        text = {1.0: power, -1.0: f"-{power}"}.get(float(mantissa), f"{float(mantissa):g}×{power}")
+        text = power(x)
     return "0" if text == "-0" else text.replace("-", "−")
+
+
+def power(x: float) -> str:
+    """The number to three figures with a power of ten: 2.1×10⁻⁵, 10⁶."""
+    mantissa, exponent = f"{x:.2e}".split("e")
+    ten = f"10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+    text = {1.0: ten, -1.0: f"-{ten}"}.get(float(mantissa), f"{float(mantissa):g}×{ten}")
+    return text.replace("-", "−")
 
 
 def interval(evidence: Evidence) -> str:
