@@ -1,0 +1,151 @@
+"""Lanczos against spectra that are known, and its own claims about errors against the truth."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from unstuck.curvature import Operator, dense, eigenpairs, hessian
+from unstuck.objective._objective import Objective
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def diagonal(values, dtype=torch.float64):
+    entries = torch.as_tensor(values, dtype=dtype)
+    return Operator(lambda v: entries * v, len(entries), dtype=dtype)
+
+
+SMALL = [
+    [3.0],
+    [0.0, 0.0, 0.0, 0.0],
+    [1.0] * 6,
+    [2.0, -2.0],
+    [4.0, 4.0, 4.0, 1.0, 1.0, -2.0],
+    [-5.0, -5.0, -5.0, -5.0, 1.0],
+    [1e-9, 0.0, 5.0],
+    [7.0] + [0.0] * 40,
+    [3.0, 3.0, 2.0] + [0.0] * 60 + [-1.0, -1.0],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("values", SMALL, ids=str)
+def test_small_and_degenerate_spectra_are_exact_with_every_copy(values, dtype):
+    true = torch.tensor(sorted(values), dtype=dtype)
+    for largest, smallest in [(1, 1), (3, 2), (0, 1), (2, 0)]:
+        found = eigenpairs(diagonal(values, dtype), largest=largest, smallest=smallest, generator=seeded())
+        smallest = min(smallest, len(true))
+        largest = min(largest, len(true) - smallest)
+        wanted = torch.cat([true[:smallest], true[len(true) - largest :]])
+        rounding = 100 * torch.finfo(dtype).eps * float(true.abs().max())
+        torch.testing.assert_close(found.values, wanted, rtol=0, atol=rounding)
+        assert found.converged
+        gram = found.vectors @ found.vectors.T
+        torch.testing.assert_close(gram, torch.eye(len(wanted), dtype=dtype), rtol=0, atol=20 * torch.finfo(dtype).eps)
+
+
+def test_a_closed_krylov_space_ends_the_search():
+    low_rank = diagonal([7.0, 5.0] + [0.0] * 998)
+    assert eigenpairs(low_rank, largest=1, smallest=1, generator=seeded()).products == 3
+
+
+def outliers(g):
+    bulk = torch.randn(1000, generator=g, dtype=torch.float64).abs() * 0.3
+    return torch.cat([torch.tensor([44.0, 24, 20, 17, 16, 14, -2.6]), bulk])
+
+
+def crowded(g):
+    bulk = torch.randn(1000, generator=g, dtype=torch.float64) * 0.05
+    return torch.cat([torch.tensor([4, 3.98, 2, 1.99, 1.5, 1.49, 1.3, -0.3]), bulk])
+
+
+def decaying(g):
+    return torch.arange(1, 1001) ** -1.0 * torch.randn(1000, generator=g, dtype=torch.float64).sign()
+
+
+def wigner(g):
+    matrix = torch.randn(300, 300, generator=g, dtype=torch.float64)
+    return torch.linalg.eigvalsh(matrix + matrix.T)
+
+
+def test_the_claimed_errors_hold_and_wanted_eigenvalues_are_rarely_passed_over():
+    passed_over = []
+    for spectrum in (outliers, crowded, decaying, wigner):
+        for seed in range(20):
+            true = spectrum(seeded(seed)).sort().values
+            found = eigenpairs(diagonal(true), largest=5, smallest=1, tol=1e-3, generator=seeded(seed))
+            assert found.converged
+            assert (found.errors <= 1e-3 * found.scale).all()
+            misses = (found.vectors * true - found.values[:, None] * found.vectors).norm(dim=1)
+            assert (misses <= found.residuals * 1.001).all()
+            nearest = (found.values[:, None] - true).abs().amin(1)
+            assert (nearest <= 1.1 * found.errors).all()  # the gap is an estimate too
+            if ((found.values - torch.cat([true[:1], true[-5:]])).abs() > found.errors).any():
+                passed_over.append((spectrum.__name__, seed))
+    # a start may hold next to nothing of a wanted vector; a rule that sees the criterion once fails for some fifteen
+    assert len(passed_over) <= 1, passed_over
+
+
+def test_the_basis_stays_orthogonal_over_hundreds_of_products():
+    # without reorthogonalisation the converged value 100 comes back as ghosts after some 30 products
+    true = torch.cat([torch.linspace(0, 1, 2000), torch.tensor([100.0])])
+    found = eigenpairs(
+        diagonal(true, torch.float32), largest=3, smallest=1, tol=1e-5, max_products=200, generator=seeded()
+    )
+    torch.testing.assert_close(found.values[1:], torch.tensor([1 - 1 / 1999, 1, 100]), rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(4), rtol=0, atol=2e-6)
+
+
+def test_a_run_that_is_cut_off_says_so():
+    found = eigenpairs(diagonal(torch.linspace(-1, 1, 500)), tol=1e-6, max_products=10, generator=seeded())
+    assert not found.converged
+    assert found.products == 10
+    assert (found.errors > 1e-6).all()
+    assert (found.values - torch.tensor([-1.0, 1.0])).abs().le(found.errors).all()
+
+
+def test_the_ends_of_a_network_hessian_are_those_of_the_dense_matrix():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5))
+    x, y = torch.randn(40, 8), torch.arange(40) % 5
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def dense_loss(flat: Tensor) -> Tensor:
+        a, b, c, d = flat.split([96, 12, 60, 5])
+        h = torch.tanh(x.double() @ a.view(12, 8).T + b) @ c.view(5, 12).T + d
+        return nn.functional.cross_entropy(h, y)
+
+    objective = Objective(model, loss, list(zip(x.split(33), y.split(33), strict=True)))
+    true = torch.linalg.eigvalsh(torch.autograd.functional.hessian(dense_loss, objective.point.double()))
+    H = hessian(objective)
+    found = eigenpairs(H, largest=5, smallest=2, generator=seeded())
+    wanted = torch.cat([true[:2], true[-5:]])
+    assert found.converged
+    assert ((found.values - wanted).abs() <= found.errors).all()
+    assert found.products < objective.size / 2
+    torch.testing.assert_close(torch.linalg.eigvalsh(dense(H)).double(), true, rtol=0, atol=1e-5 * float(true[-1]))
+
+
+def test_the_same_generator_gives_the_same_pairs_and_the_global_one_is_not_asked():
+    before = torch.get_rng_state()
+    pairs = [eigenpairs(diagonal(torch.linspace(-1, 1, 90)), generator=seeded(3)) for _ in range(2)]
+    assert torch.equal(pairs[0].vectors, pairs[1].vectors)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_products_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="finite products, got nan in product 1"):
+        eigenpairs(Operator(lambda v: v * float("nan"), 10), generator=seeded())
+
+
+def test_wishes_that_cannot_be_met_are_refused():
+    with pytest.raises(ValueError, match="largest=0, smallest=0"):
+        eigenpairs(diagonal([1.0, 2.0]), largest=0, smallest=0)
+    with pytest.raises(ValueError, match="largest=-1"):
+        eigenpairs(diagonal([1.0, 2.0]), largest=-1)
+    with pytest.raises(ValueError, match="got max_products=3: raise it"):
+        eigenpairs(diagonal(torch.ones(10)), largest=5, max_products=3)
