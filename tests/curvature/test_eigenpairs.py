@@ -82,7 +82,7 @@ def test_the_claimed_errors_hold_and_wanted_eigenvalues_are_rarely_passed_over()
             assert (misses <= found.residuals * 1.001).all()
             nearest = (found.values[:, None] - true).abs().amin(1)
             assert (nearest <= 1.1 * found.errors).all()  # the gap is an estimate too
-            if ((found.values - torch.cat([true[:1], true[-5:]])).abs() > found.errors).any():
+            if ((found.values - torch.cat([true[:1], true[-5:]])).abs() > 1e-3 * found.scale).any():
                 passed_over.append((spectrum.__name__, seed))
     # a start may hold next to nothing of a wanted vector; a rule that sees the criterion once fails for some fifteen
     assert len(passed_over) <= 1, passed_over

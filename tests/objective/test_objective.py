@@ -216,6 +216,24 @@ def test_dropout_masks_and_modes_are_fixed_when_the_objective_is_built():
     torch.testing.assert_close(objective.gradient() @ v, slope, rtol=1e-6, atol=1e-8)
 
 
+class Counting(nn.Module):
+    """Its output depends on how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.weight * self.calls * x
+
+
+def test_every_evaluation_starts_from_the_buffers_as_they_were():
+    objective = Objective(Counting(), lambda m, b: m(b).sum(), [torch.ones(1), torch.ones(1)])
+    assert [objective.value().item(), objective.gradient().item(), objective.value().item()] == [1, 1, 1]
+
+
 def test_batches_have_masks_of_their_own():
     x = torch.ones(1, 64)
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(64, 1, bias=False))
