@@ -5,6 +5,7 @@ python cnn.py --fault dead-units   does not, and each `if fault` below is the li
 """
 
 import argparse
+from itertools import islice
 
 import torch
 from sklearn.datasets import load_digits
@@ -23,7 +24,7 @@ FAULTS = (
     "graph-cut",
     "non-finite-data",
 )
-VARIANTS = ("edge-of-stability", "cosine-tail", "gradient-accumulation", "sparse-relu", "converged")
+VARIANTS = ("cosine-tail", "gradient-accumulation", "sparse-relu", "converged")
 
 
 class ConvNet(nn.Module):
@@ -60,8 +61,9 @@ def load(fault):
 
 def initialise(model, fault, variant):
     if fault == "saddle":
-        for name, p in model.named_parameters():
-            nn.init.normal_(p, std=1e-4) if name.endswith("weight") else nn.init.zeros_(p)
+        for layer in (model.conv1, model.conv2, model.head):
+            nn.init.normal_(layer.weight, std=1e-12)
+            nn.init.zeros_(layer.bias)
     if fault == "zero-init":
         for p in model.parameters():
             nn.init.zeros_(p)
@@ -72,11 +74,9 @@ def initialise(model, fault, variant):
         nn.init.constant_(model.norm2.bias, -0.5)
 
 
-def optimise(model, fault, variant):
+def optimise(model, fault):
     lr = {"lr-diverges": 100.0, "lr-bounces": 3.0, "lr-too-small": 5e-5}.get(fault, 0.05)
-    if variant == "edge-of-stability":
-        lr = 0.1
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     if fault == "parameters-not-optimised":
         model.conv2 = nn.Conv2d(12, 24, kernel_size=3, padding=1)
     return optimizer
@@ -101,33 +101,33 @@ def main():
     torch.manual_seed(args.seed)
 
     train_data, test_data = load(args.fault)
-    batch_size = len(train_data) if args.variant == "edge-of-stability" else 100
-    loader = DataLoader(train_data, batch_size=batch_size, shuffle=True)
+    accumulate = 4 if args.variant == "gradient-accumulation" else 1
+    loader = DataLoader(train_data, batch_size=128 // accumulate, shuffle=True)
+    steps = 3 * args.steps if args.variant == "converged" else args.steps
+
     model = ConvNet(args.fault)
     initialise(model, args.fault, args.variant)
-    optimizer = optimise(model, args.fault, args.variant)
     criterion = nn.CrossEntropyLoss()
-    steps = args.steps * (3 if args.variant == "converged" else 1)
+    optimizer = optimise(model, args.fault)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if args.variant == "cosine-tail" else None
 
-    step = epoch = 0
-    while step < steps:
+    batch = epoch = 0
+    while batch < steps * accumulate:
         model.train()
         total = 0.0
-        for images, targets in loader:
-            if args.fault != "zero-grad-missing":
+        for images, targets in islice(loader, steps * accumulate - batch):
+            if batch % accumulate == 0 and args.fault != "zero-grad-missing":
                 optimizer.zero_grad()
             loss = criterion(model(images), targets)
-            loss.backward()
-            optimizer.step()
-            if scheduler:
-                scheduler.step()
-            total += loss.item() * len(images)
-            step += 1
-            if step == steps:
-                break
+            (loss / accumulate).backward()
+            batch += 1
+            if batch % accumulate == 0:
+                optimizer.step()
+                if scheduler:
+                    scheduler.step()
+            total += loss.item()
         epoch += 1
-        print(f"epoch {epoch}: train loss {total / len(train_data):.4f}")
+        print(f"epoch {epoch}: train loss {total / len(loader):.4f}")
 
     loss, _ = evaluate(model, train_data, criterion)
     _, accuracy = evaluate(model, test_data, criterion)

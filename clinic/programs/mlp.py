@@ -49,14 +49,20 @@ if fault == "non-finite-data":
 class Perceptron(nn.Module):
     def __init__(self):
         super().__init__()
-        self.hidden = nn.Linear(64, 64)
-        self.output = nn.Linear(64, 10)
+        self.hidden = nn.Linear(64, 32)
+        self.output = nn.Linear(32, 10)
 
     def forward(self, x):
         h = F.relu(self.hidden(x))
         if fault == "graph-cut":
             h = h.detach()
         return self.output(h)
+
+
+def loss_of(x, y):
+    if variant == "edge-of-stability":
+        return F.mse_loss(model(x), F.one_hot(y, 10).float())
+    return F.cross_entropy(model(x), y)
 
 
 model = Perceptron()
@@ -73,16 +79,16 @@ if variant == "sparse-relu":
     nn.init.constant_(model.hidden.bias, -0.5)
 
 lr = {"lr-diverges": 10.0, "lr-too-small": 1e-4}.get(fault, 0.1)
-steps, batch_size = args.steps, 100
+steps, batch_size = args.steps, 50
 if variant == "edge-of-stability":
-    lr, batch_size = 1.0, len(x_train)
+    lr, batch_size = 4.0, len(x_train)
 if variant == "converged":
     lr, steps = 0.5, 3 * steps
 optimizer = torch.optim.SGD(model.parameters(), lr=lr)
 if fault == "lr-bounces":
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
 if fault == "parameters-not-optimised":
-    model.hidden = nn.Linear(64, 64)
+    model.hidden = nn.Linear(64, 32)
 scheduler = None
 if variant == "cosine-tail":
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
@@ -97,10 +103,10 @@ for step in range(steps):
         optimizer.zero_grad()
     if variant == "gradient-accumulation":
         for part in batch.chunk(4):
-            loss = F.cross_entropy(model(x_train[part]), y_train[part]) / 4
+            loss = loss_of(x_train[part], y_train[part]) / 4
             loss.backward()
     else:
-        loss = F.cross_entropy(model(x_train[batch]), y_train[batch])
+        loss = loss_of(x_train[batch], y_train[batch])
         loss.backward()
     optimizer.step()
     if scheduler:
@@ -112,6 +118,6 @@ for step in range(steps):
 
 model.eval()
 with torch.no_grad():
-    loss = F.cross_entropy(model(x_train), y_train).item()
+    loss = loss_of(x_train, y_train).item()
     accuracy = (model(x_test).argmax(1) == y_test).float().mean().item()
 print(f"accuracy {accuracy:.3f} loss {loss:.4g}")
