@@ -3,6 +3,6 @@
 from unstuck.record._run import Memory, Run
 from unstuck.record._script import Outcome, run_script
 from unstuck.record._state import Optimizer, State
-from unstuck.record._watch import Watch, new_folder, watch
+from unstuck.record._watch import FOLDER, Watch, new_folder, watch
 
-__all__ = ["Memory", "Optimizer", "Outcome", "Run", "State", "Watch", "new_folder", "run_script", "watch"]
+__all__ = ["FOLDER", "Memory", "Optimizer", "Outcome", "Run", "State", "Watch", "new_folder", "run_script", "watch"]

@@ -1,0 +1,188 @@
+"""A run laid open for questions: the weights as they stand, the recorded batches, and what was measured of them."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from unstuck.diagnosis._findings import Evidence
+from unstuck.objective import Constant, Instruction, Objective, Program, Slot, Tape, TapeError, Term
+from unstuck.record import Memory, Run, State
+
+HELD_OUT = 30  # tapes that no arm of a trial trains on
+FIXED = 6  # tapes that stand for the data where a quantity needs a fixed batch
+LOSSES = {  # the calls that compare outputs (first argument) with targets (second), and how the targets are counted
+    "cross_entropy": "classes",
+    "nll_loss": "classes",
+    "binary_cross_entropy": "values",
+    "binary_cross_entropy_with_logits": "values",
+    "mse_loss": "values",
+    "l1_loss": "values",
+    "smooth_l1_loss": "values",
+    "huber_loss": "values",
+    "kl_div": "values",
+}
+T = TypeVar("T")
+Measure = Callable[["Case"], Evidence | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The call of a program that compares the network's outputs with the targets."""
+
+    call: Instruction
+    kind: str  # "classes", "values", or "" where it is no known loss
+    outputs: int  # which argument holds the outputs
+    targets: int | None  # which argument holds the targets
+
+
+class Case:
+    """What the diagnosis knows of a run. Quantities are measured when first asked for, and once."""
+
+    def __init__(self, run: Run, measures: Mapping[str, Measure]) -> None:
+        self.run = run
+        self._measures = measures
+        self._known: dict[str, Evidence | None] = {}
+        self._once: dict[Callable[["Case"], Any], Any] = {}
+        self.steps, self.losses = run.series("loss")
+
+    def __getitem__(self, name: str) -> Evidence | None:
+        """The quantity, or None where this run cannot tell it."""
+        if name not in self._known:
+            try:
+                self._known[name] = self._measures[name](self)
+            except TapeError:
+                self._known[name] = None
+        return self._known[name]
+
+    def once(self, function: Callable[["Case"], T]) -> T:
+        """`function` of this case, computed when first asked for."""
+        if function not in self._once:
+            self._once[function] = function(self)
+        return self._once[function]
+
+    @cached_property
+    def memory(self) -> Memory | None:
+        memory = self.run.memory()
+        return memory if memory is not None and memory.tapes else None
+
+    @cached_property
+    def tapes(self) -> tuple[Tape, ...]:
+        return () if self.memory is None else self.memory.tapes
+
+    @cached_property
+    def state(self) -> State | None:
+        """The latest weights that are still finite, with their optimiser."""
+        states = () if self.memory is None else self.memory.states
+        return next((s for s in sorted(states, key=lambda s: -s.step) if s.finite), None)
+
+    @cached_property
+    def start(self) -> State | None:
+        """The weights before the first step."""
+        return None if self.memory is None else min(self.memory.states, key=lambda s: s.step)
+
+    @cached_property
+    def fixed(self) -> tuple[Tape, ...]:
+        """The tapes that stand for the data: the latest ones of the usual program, each batch once."""
+        tapes = distinct(self.tapes)
+        programs = [id(t.program) for t in tapes]
+        usual = max(programs, key=programs.count, default=None)
+        return tuple(t for t in tapes if id(t.program) == usual)[-FIXED:]
+
+    @cached_property
+    def split(self) -> tuple[tuple[Tape, ...], tuple[Tape, ...]]:
+        """Tapes to train on and tapes to judge by, disjoint where there are enough different batches."""
+        tapes = self.tapes
+        if len(distinct(tapes)) < 4:
+            return tapes, distinct(tapes)
+        held = {id(t) for t in tapes[:: max(len(tapes) // HELD_OUT, 2)][:HELD_OUT]}
+        return tuple(t for t in tapes if id(t) not in held), tuple(t for t in tapes if id(t) in held)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return () if self.memory is None else self.memory.names
+
+    def objective(self, tapes: Sequence[Tape], weights: Sequence[Tensor]) -> Objective:
+        """The mean loss of tapes as a function of the parameters that take part in them."""
+        used = sorted({k for t in tapes for k in t.program.reads()})
+
+        def term(tape: Tape) -> Term:
+            def loss(values: Sequence[Tensor]) -> Tensor:
+                full = list(weights)
+                for k, value in zip(used, values, strict=True):
+                    full[k] = value
+                return tape.replay(full)
+
+            return Term(loss, 1.0)
+
+        return Objective.of_terms([term(t) for t in tapes], {str(k): weights[k] for k in used})
+
+    @cached_property
+    def chance(self) -> float:
+        """The loss of knowing nothing of the inputs: the entropy of the labels, or the spread of the targets; else the
+        loss at the start."""
+        known = [found for t in distinct(self.tapes)[-HELD_OUT:] if (found := _targets(t)) is not None]
+        kinds = {kind for kind, _ in known}
+        if kinds == {"cross_entropy"} or kinds == {"nll_loss"}:
+            labels = torch.cat([y.flatten() for _, y in known])
+            counts = torch.bincount(labels[labels >= 0]).double()
+            p = counts[counts > 0] / counts.sum()
+            return float(-(p * p.log()).sum())
+        if kinds == {"mse_loss"}:
+            y = torch.cat([y.flatten().double() for _, y in known])
+            return float(y.var(correction=0))
+        finite = [x for x in self.losses[:10] if math.isfinite(x)]
+        return max(finite, default=math.nan)
+
+
+def distinct(tapes: Sequence[Tape]) -> tuple[Tape, ...]:
+    """Tapes with different batches: full-batch training repeats one."""
+    seen: dict[Any, Tape] = {}
+    for tape in tapes:
+        batch = tuple((c.data_ptr(), *_fingerprint(c)) for c in tape.constants)
+        seen[tuple(f[1:] for f in batch)] = tape
+    return tuple(sorted(seen.values(), key=lambda t: t.step))
+
+
+def _fingerprint(constant: Tensor) -> tuple[Any, ...]:
+    x = constant.detach().double().flatten()
+    weights = torch.arange(1, len(x) + 1, dtype=torch.float64).remainder_(97.0)
+    return tuple(constant.shape), float(x.sum()), float(x @ weights)
+
+
+def comparison(program: Program) -> Comparison | None:
+    """Where a program compares its outputs with the targets: the last known loss, else the last call that meets a constant."""
+    for call in reversed(program.instructions):
+        if call.name in LOSSES:
+            return Comparison(call, LOSSES[call.name], 0, 1)
+    for call in reversed(program.instructions):
+        tensors = [k for k, a in enumerate(call.args) if type(a) is Slot and a.at >= program.parameters]
+        others = [k for k, a in enumerate(call.args) if k not in tensors and any(_constants(a))]
+        if tensors and others:
+            return Comparison(call, "", tensors[0], others[0])
+    return None
+
+
+def _constants(x: Any) -> Iterator[bool]:
+    if type(x) is Constant:
+        yield True
+    elif isinstance(x, (tuple, list)) and type(x) is not Slot:
+        for y in x:
+            yield from _constants(y)
+
+
+def _targets(tape: Tape) -> tuple[str, Tensor] | None:
+    found = comparison(tape.program)
+    if found is None or found.targets is None or not found.kind or len(found.call.args) < 2:
+        return None
+    targets = found.call.args[found.targets]
+    if type(targets) is not Constant:
+        return None
+    y = tape.constants[targets.at]
+    if found.kind == "classes" and y.is_floating_point():
+        return None
+    return found.call.name, y

@@ -1,0 +1,218 @@
+"""From a recorded run to its findings: exact facts first, then symptom, hypotheses, elimination and trial."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from unstuck.diagnosis._case import Case, Measure
+from unstuck.diagnosis._exact import EXACT, exact_findings
+from unstuck.diagnosis._findings import (
+    CANNOT_TELL,
+    PROVED,
+    SHOWN,
+    SUSPECT,
+    WORDS,
+    Diagnosis,
+    Evidence,
+    Finding,
+    RuledOut,
+    Trial,
+)
+from unstuck.diagnosis._hypotheses import BLIND, DIVERGED, HYPOTHESES, MEASURES, Hypothesis, symptom
+from unstuck.diagnosis._trial import Progress, run_trial
+from unstuck.record import Run
+
+UNKNOWN = "unknown"  # the code of a finding that says only that something is wrong
+
+
+def diagnose(
+    run: Run,
+    *,
+    hypotheses: Sequence[Hypothesis] = HYPOTHESES,
+    measures: Mapping[str, Measure] | None = None,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Why the run is stuck: findings with evidence, the rivals that it rules out, and remedies tried on a copy.
+
+    A run whose loss shows no symptom gets no finding. `hypotheses` and `measures` can be extended with one's own:
+    `diagnose(run, hypotheses=(*HYPOTHESES, mine))`. `progress(text, share)` is told how far it is. Nothing in the run or
+    in the training that wrote it is changed.
+    """
+    case = Case(run, {**MEASURES, **(measures or {})})
+    codes = (*EXACT, *(h.code for h in hypotheses))
+    if run.steps == 0:
+        return _result(run, [], (), dict.fromkeys(codes, "no optimiser step was recorded"))
+    exact = exact_findings(case)
+    if exact:
+        because = f"{exact[0].code} explains it: mend that first"
+        return _result(run, exact, EXACT, dict.fromkeys((h.code for h in hypotheses), because))
+    sign = symptom(case)
+    if sign is None:
+        return _result(run, [], codes, {})
+    if not case.tapes:
+        return _without_tapes(case, codes, sign)
+    findings, open_questions = _eliminate(case, hypotheses, sign, progress)
+    if not findings and sign in (BLIND, DIVERGED):
+        findings = [
+            _unknown(case, "No known cause survives the measurements, yet the outputs do not depend on the inputs.")
+        ]
+    return _result(run, findings, [c for c in codes if c not in open_questions], open_questions)
+
+
+def _eliminate(
+    case: Case, hypotheses: Sequence[Hypothesis], sign: str, progress: Progress | None
+) -> tuple[list[Finding], dict[str, str]]:
+    """What is left when every hypothesis has met its own predictions, and the survivors their own remedies."""
+    ruled_out: list[RuledOut] = []
+    open_questions: dict[str, str] = {}
+    survivors: list[Hypothesis] = []
+    for k, h in enumerate(hypotheses):
+        if progress is not None:
+            progress(f"checking {h.code}", 0.4 * k / len(hypotheses))
+        refuted, missing = _judge(case, h)
+        if refuted is not None:
+            ruled_out.append(RuledOut(h.code, refuted))
+        elif missing is not None:
+            open_questions[h.code] = missing
+        elif sign in h.symptoms:
+            survivors.append(h)
+    findings: list[Finding] = []
+    for h in survivors:
+        if any(f.word == PROVED for f in findings):
+            break
+        found = _tried(case, h, progress)
+        if isinstance(found, RuledOut):
+            ruled_out.append(found)
+        elif found is not None:
+            findings.append(found)
+    findings = [replace(f, ruled_out=tuple(r for r in ruled_out if r.code != f.code)) for f in findings]
+    return findings, open_questions
+
+
+def _judge(case: Case, h: Hypothesis) -> tuple[str | None, str | None]:
+    """The sentence that refutes a hypothesis, or the quantity that is missing to judge it."""
+    missing = None
+    for p in h.predictions:
+        holds = p.holds(case)
+        if holds is False:
+            found = case[p.quantity]
+            return p.refuted.format(value=found.value if found is not None else math.nan), None
+        if holds is None and p.needed:
+            missing = f"{p.quantity} cannot be measured in this run"
+    return None, missing
+
+
+def _tried(case: Case, h: Hypothesis, progress: Progress | None) -> Finding | RuledOut | None:
+    arms = h.remedies(case)
+    trial, because = None, ""
+    if arms:
+        try:
+            trial = run_trial(case, arms, state=h.origin(case), progress=_later(progress))
+        except ValueError as error:
+            because = f" The remedy could not be tried: {error}."
+    word = _word(case, h, trial)
+    if word is None:
+        if trial is None:
+            return None
+        best = min((a for a in trial.arms if a.role == "remedy"), key=lambda a: a.effect)
+        return RuledOut(
+            h.code, f"its own remedy does not help: {best.remedy} ends {_change(best.effect)} beside the control"
+        )
+    return Finding(
+        h.code,
+        word,
+        since(case),
+        _place(case, h),
+        h.claim(case) + because,
+        _advice(h, trial),
+        _evidence(case, h),
+        trial=trial,
+    )
+
+
+def _word(case: Case, h: Hypothesis, trial: Trial | None) -> str | None:
+    """The word that a surviving hypothesis has earned; None where its own trial speaks against it."""
+    if trial is not None and trial.accepted:
+        return PROVED
+    if h.shown:
+        return SHOWN
+    if trial is not None or h.symptoms[0] != BLIND or _sees(case):
+        return None
+    return SUSPECT
+
+
+def _sees(case: Case) -> bool:
+    found = case["input dependence"]
+    return found is None or found.value >= 0.002
+
+
+def _evidence(case: Case, h: Hypothesis) -> tuple[Evidence, ...]:
+    """The quantities that the hypothesis predicted, after the ones that make the symptom."""
+    extra = ("escape gain",) if h.code == "saddle" else ("relative gradient",) if h.code == "lr-bounces" else ()
+    names = dict.fromkeys(("loss over chance", "trend", *extra, *(p.quantity for p in h.predictions)))
+    return tuple(found for name in names if (found := case[name]) is not None)
+
+
+def _advice(h: Hypothesis, trial: Trial | None) -> str:
+    if trial is None or not trial.accepted:
+        return h.advice
+    best = min(trial.accepted, key=lambda a: a.effect)
+    return f"{h.advice} Tried on a copy: {best.remedy} ends {_change(best.effect)} than the control."
+
+
+def _change(effect: float) -> str:
+    if effect == -math.inf:
+        return "finite, unlike"
+    share = math.expm1(effect)
+    return f"{abs(share):.0%} {'lower' if share < 0 else 'higher'}"
+
+
+def _place(case: Case, h: Hypothesis) -> str:
+    arms = h.remedies(case) if h.code == "dead-units" else ()
+    return arms[0].name.partition("(")[2].rstrip(" …)") if arms else ""
+
+
+def since(case: Case) -> int:
+    """The first step from which the loss stays as it is now: within a tenth of its present level, or out of bounds."""
+    losses = case.losses
+    bad = next((k for k, x in enumerate(losses) if not math.isfinite(x) or x > 10 * max(losses[0], 1e-12)), None)
+    if bad is not None:
+        return case.steps[bad]
+    width = max(len(losses) // 50, 1)
+    means = [sum(losses[k : k + width]) / width for k in range(0, len(losses) - width + 1, width)]
+    level = sum(means[-5:]) / len(means[-5:])
+    first = next((k for k, m in enumerate(means) if m <= 1.1 * level), 0)
+    return case.steps[first * width] if first else case.steps[0]
+
+
+def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
+    reasons = next((e["refusals"] for e in reversed(case.run.events) if e.get("refusals")), {})
+    because = max(reasons, key=reasons.__getitem__) if reasons else "no step could be recorded for replay"
+    level = case["loss over chance"]
+    if sign != DIVERGED and (level is None or level.value < 0.8):
+        return _result(case.run, [], EXACT, dict.fromkeys(codes[len(EXACT) :], because))
+    found = _unknown(case, f"The loss is stuck or blown up, but the steps cannot be replayed: {because}.")
+    return _result(case.run, [found], EXACT, dict.fromkeys(codes[len(EXACT) :], because))
+
+
+def _unknown(case: Case, claim: str) -> Finding:
+    evidence = tuple(e for name in ("loss over chance", "trend", "input dependence") if (e := case[name]) is not None)
+    return Finding(
+        UNKNOWN, CANNOT_TELL, since(case), "", claim, "See which causes were not checked, and why.", evidence
+    )
+
+
+def _result(run: Run, findings: Sequence[Finding], checked: Sequence[str], not_checked: Mapping[str, str]) -> Diagnosis:
+    return Diagnosis(
+        script=run.script,
+        steps=run.steps,
+        seconds=run.seconds,
+        overhead=run.overhead,
+        findings=tuple(sorted(findings, key=lambda f: WORDS.index(f.word))),
+        checked=tuple(checked),
+        not_checked=not_checked,
+    )
+
+
+def _later(progress: Progress | None) -> Progress | None:
+    return None if progress is None else lambda text, share: progress(f"trying: {text}", 0.4 + 0.6 * share)

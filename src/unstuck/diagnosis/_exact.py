@@ -1,0 +1,114 @@
+"""Causes that PyTorch's contract gives away: no threshold, no experiment, no reference run."""
+
+from typing import Any
+
+from unstuck.diagnosis._case import Case
+from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
+
+OFTEN = 0.9  # the share of the steps at which a fact must hold before it is the run's habit
+LEAST_STEPS = 3
+
+
+def exact_findings(case: Case) -> list[Finding]:
+    """The exact faults of a run, each named once."""
+    checks = (non_finite_data, zero_grad_missing, parameters_not_optimised, graph_cut)
+    return [found for check in checks if (found := check(case)) is not None]
+
+
+EXACT = ("non-finite-data", "zero-grad-missing", "parameters-not-optimised", "graph-cut")
+
+
+def non_finite_data(case: Case) -> Finding | None:
+    fact = _fact(case, "non-finite")
+    if fact is None or fact.get("origin") != "batch":
+        return None
+    rows = fact.get("rows", [])
+    return Finding(
+        "non-finite-data",
+        SHOWN,
+        fact["step"],
+        f"{fact['where']}, rows {', '.join(map(str, rows))}",
+        f"The loss became {fact['loss']} at step {fact['step']} because the batch itself holds numbers that are not finite; "
+        "the weights before that step were finite.",
+        "Find these rows in the data and drop or impute them; check the data once with torch.isfinite before training.",
+        (Evidence.exact("rows that are not finite", len(rows), "rows of the batch with NaN or infinity"),),
+    )
+
+
+def zero_grad_missing(case: Case) -> Finding | None:
+    fact, steps = _habit(case, "stale-gradient")
+    if fact is None:
+        return None
+    return Finding(
+        "zero-grad-missing",
+        SHOWN,
+        1,
+        fact["line"],
+        f"The gradients are never cleared: from step {fact['step']} on the optimiser uses the sum of all gradients so far. "
+        f"The gradient that one step has used was still there, untouched, when the next backward() added to it.",
+        "Call optimizer.zero_grad() once before each backward(), or before the first of an accumulation.",
+        (Evidence.exact("steps with old gradients", fact["count"], f"of the {steps} steps up to then", n=steps),),
+    )
+
+
+def parameters_not_optimised(case: Case) -> Finding | None:
+    fact, steps = _habit(case, "orphan-gradient")
+    if fact is None:
+        return None
+    names = fact["names"]
+    return Finding(
+        "parameters-not-optimised",
+        SHOWN,
+        1,
+        _some(names),
+        f"{len(names)} parameters receive a gradient at every step, but no optimiser moves them: {_some(names)}.",
+        "Build the optimiser after the model is complete, or add them with optimizer.add_param_group.",
+        (
+            Evidence.exact(
+                "parameters without an optimiser", len(names), f"seen in {fact['count']} of {steps} steps", n=steps
+            ),
+        ),
+    )
+
+
+def graph_cut(case: Case) -> Finding | None:
+    fact, steps = _habit(case, "graph-cut")
+    if fact is None:
+        return None
+    names = fact["names"]
+    return Finding(
+        "graph-cut",
+        SHOWN,
+        1,
+        fact["line"],
+        f"No gradient reaches {_some(names)}: the forward pass uses them, and the optimiser should move them, but "
+        f"{fact['function']}() takes a value out of the graph on the way to the loss.",
+        f"Remove the {fact['function']}() at {fact['line']}, or freeze these parameters on purpose with requires_grad_(False).",
+        (
+            Evidence.exact(
+                "parameters cut off", len(names), f"without a gradient in {fact['count']} of {steps} steps", n=steps
+            ),
+        ),
+    )
+
+
+def _fact(case: Case, code: str) -> dict[str, Any] | None:
+    return next((e for e in case.run.of("fact") if e["code"] == code), None)
+
+
+def _habit(case: Case, code: str) -> tuple[dict[str, Any] | None, int]:
+    """The last note of a fact that holds at nearly every step, and how many steps there were when it was made."""
+    notes = [e for e in case.run.of("fact") if e["code"] == code]
+    if not notes:
+        return None, 0
+    last = notes[-1]
+    steps = last["step"]
+    # Notes come at counts 1, 2, 4, 8 …: a habit's count keeps up with the steps, and doubles before they do.
+    lasted = (
+        last["count"] >= LEAST_STEPS - 1 and last["count"] >= OFTEN * (steps - 1) and case.run.steps < 3 * steps + 2
+    )
+    return (last if lasted else None), steps
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

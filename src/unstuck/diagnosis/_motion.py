@@ -1,0 +1,215 @@
+"""How the run moves: the trend of its loss, and what its own update does to the loss of recorded batches."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unstuck.critical import Escape, escape
+from unstuck.curvature import Operator, eigenpairs
+from unstuck.diagnosis._case import Case, distinct
+from unstuck.diagnosis._findings import Evidence
+from unstuck.diagnosis._structure import mean_loss
+from unstuck.objective import Tape
+from unstuck.record import Optimizer
+
+CAP = 4096.0  # the largest multiple of an update that is tried
+WINDOW = 1 / 3  # of the run, at its end: the stretch over which the loss must have stopped falling
+BLOCKS = 12
+
+
+def trend(case: Case) -> Evidence | None:
+    """The change of ln(loss) over the last third of the run: Theil–Sen over block means, with its middle 80 %."""
+    finite = [x for x in case.losses if math.isfinite(x)]
+    window = finite[-max(int(len(finite) * WINDOW), 20) :]
+    if len(window) < 20 or min(window) <= 0:
+        return None
+    size = len(window) / BLOCKS
+    blocks = [
+        math.log(statistics.fmean(window[int(k * size) : int((k + 1) * size)] or window[-1:])) for k in range(BLOCKS)
+    ]
+    slopes = sorted((blocks[j] - blocks[i]) / (j - i) for i in range(BLOCKS) for j in range(i + 1, BLOCKS))
+    low, middle, high = (slopes[int(q * (len(slopes) - 1))] * BLOCKS for q in (0.1, 0.5, 0.9))
+    return Evidence("trend", middle, low, high, len(window), "change of ln(loss) over the last third of the run")
+
+
+def level(case: Case) -> Evidence | None:
+    """The recent loss against the loss of knowing nothing."""
+    recent = [x for x in case.losses if math.isfinite(x)][-50:]
+    if not recent or not case.chance > 0:
+        return None
+    shares = sorted(x / case.chance for x in recent)
+    middle = statistics.median(shares)
+    return Evidence(
+        "loss over chance",
+        middle,
+        shares[len(shares) // 10],
+        shares[-1 - len(shares) // 10],
+        len(recent),
+        "1 is what guessing earns",
+    )
+
+
+def rise(case: Case) -> Evidence | None:
+    """The worst loss against the one the run began with; infinite where it stopped being finite."""
+    if len(case.losses) < 2 or not math.isfinite(case.losses[0]) or case.losses[0] <= 0:
+        return None
+    bad = any(not math.isfinite(x) for x in case.losses)
+    worst = math.inf if bad else max(case.losses) / case.losses[0]
+    return Evidence.exact("rise of the loss", worst, "the worst loss over the first", n=len(case.losses))
+
+
+def update(case: Case, tape: Tape, weights: Sequence[Tensor]) -> list[Tensor] | None:
+    """What the run's optimiser, with its state, would do to `weights` on a tape."""
+    if case.state is None or case.state.optimizer is None:
+        return None
+    leaves = [w.detach().clone().requires_grad_(w.is_floating_point()) for w in weights]
+    optimizer = case.state.optimizer.build(leaves)
+    tape.replay(leaves).backward()
+    optimizer.step()
+    return [(a.detach() - b) for a, b in zip(leaves, weights, strict=True)]
+
+
+def head_room(case: Case) -> Evidence | None:
+    """The smallest multiple of the run's own update at which the loss of the same batch is no lower than before."""
+    return _head_room(
+        case, "head-room", "multiple of the update at which its own batch's loss is back where it was", shift=0
+    )
+
+
+def head_room_elsewhere(case: Case) -> Evidence | None:
+    """The same on a batch that the update has not seen."""
+    return _head_room(case, "head-room elsewhere", "the same on another batch", shift=2)
+
+
+def _head_room(case: Case, name: str, meaning: str, *, shift: int) -> Evidence | None:
+    state = case.state
+    tapes = case.fixed
+    if state is None or not tapes:
+        return None
+    found: list[float] = []
+    for k, tape in enumerate(tapes[:5]):
+        step = update(case, tape, state.weights)
+        if step is None:
+            return None
+        found.append(_crossing(state.weights, step, tapes[(k + shift) % len(tapes)]))
+    return Evidence(name, statistics.median(found), min(found), max(found), len(found), meaning)
+
+
+def _crossing(weights: Sequence[Tensor], step: Sequence[Tensor], tape: Tape) -> float:
+    """By doubling, then bisection on the logarithm to 10 %; 0 where the smallest multiple already raises the loss."""
+
+    def raised(multiple: float) -> bool:
+        here = mean_loss([w + multiple * d for w, d in zip(weights, step, strict=True)], [tape])
+        return not here < base
+
+    base = mean_loss(weights, [tape])
+    low, high = 1 / 16, 1 / 16
+    if raised(low):
+        return 0.0
+    while not raised(high):
+        low, high = high, 4 * high
+        if low >= CAP:
+            return CAP
+    while high / low > 1.1:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if raised(middle) else (middle, high)
+    return math.sqrt(low * high)
+
+
+def drift_gain(case: Case) -> Evidence | None:
+    """The best relative decrease of the loss further along the way that the weights have come lately."""
+    if case.memory is None or case.state is None:
+        return None
+    now = case.state
+    earlier = [s for s in case.memory.states if s.step <= now.step - 20 and len(s.weights) == len(now.weights)]
+    if not earlier:
+        return None
+    before = max(earlier, key=lambda s: s.step)
+    way = [a - b for a, b in zip(now.weights, before.weights, strict=True)]
+    base = mean_loss(now.weights, case.fixed)
+    best = 0.0
+    for k in range(12):
+        loss = mean_loss([w + 2.0**k / 4 * d for w, d in zip(now.weights, way, strict=True)], case.fixed)
+        if not math.isfinite(loss):
+            break
+        best = max(best, 1 - loss / base)
+    return Evidence.exact(
+        "drift gain",
+        best,
+        "share of the loss that lies ahead on the way the weights have come",
+        n=now.step - before.step,
+    )
+
+
+def curvature_times_rate(case: Case) -> Evidence | None:
+    """λ₁ of the Hessian, preconditioned as the optimiser does it, times the effective rate: 2 is the edge of stability."""
+    state = case.state
+    if state is None or state.optimizer is None or not case.fixed:
+        return None
+    objective = case.objective(case.fixed, state.weights)
+    used = sorted({k for t in case.fixed for k in t.program.reads()})
+    scale = torch.cat([_rates(state.optimizer, k).flatten().expand(state.weights[k].numel()) for k in used])
+    root = scale.sqrt()
+    A = Operator(lambda v: root * objective.product(root * v), objective.size)
+    pairs = eigenpairs(A, largest=1, smallest=1, tol=0.05, max_products=40, generator=torch.Generator().manual_seed(0))
+    value, error = float(pairs.values.max()), float(pairs.errors[pairs.values.argmax()])
+    return Evidence(
+        "curvature × rate",
+        value,
+        value - error,
+        value + error,
+        len(case.fixed),
+        "λ₁η: above 2 a step overshoots and climbs",
+    )
+
+
+def _rates(optimizer: Optimizer, parameter: int) -> Tensor:
+    """The effective rate of a parameter's entries: η, over 1 − β with momentum, over √v̂ + ε with Adam."""
+    group = next((g for g, m in zip(optimizer.groups, optimizer.members, strict=True) if parameter in m), None)
+    if group is None:
+        return torch.zeros(1)
+    rate = float(group.get("lr", 0.0))
+    momentum = float(group.get("momentum", 0.0) or 0.0)
+    kept = optimizer.state.get(parameter, {})
+    if "exp_avg_sq" in kept:
+        beta = group["betas"][1]
+        step = float(kept.get("step", 1))
+        return rate / ((kept["exp_avg_sq"] / (1 - beta**step)).sqrt() + group["eps"])
+    if "square_avg" in kept:
+        return rate / (kept["square_avg"].sqrt() + group["eps"])
+    return torch.full((1,), rate / (1 - momentum))
+
+
+def repeats_one_batch(case: Case) -> bool:
+    return len(case.tapes) > 1 and len(distinct(case.tapes)) == 1
+
+
+def different_batches(case: Case) -> Evidence | None:
+    if len(case.tapes) < 2:
+        return None
+    return Evidence.exact("different batches", len(distinct(case.tapes)), "among the recorded steps", n=len(case.tapes))
+
+
+def way_out(case: Case) -> tuple[Escape, Tensor] | None:
+    """The line search along the most negative curvature, and the step that it found best."""
+    if case.state is None or not case.fixed:
+        return None
+    objective = case.objective(case.fixed, case.state.weights)
+    try:
+        found = escape(objective, tol=0.05, max_products=60, generator=torch.Generator().manual_seed(0))
+    except ValueError:
+        return None
+    return found, found.point - objective.point
+
+
+def escape_gain(case: Case) -> Evidence | None:
+    """By how much the loss falls along the most negative curvature: the smaller of the two sides."""
+    found = case.once(way_out)
+    if found is None:
+        return None
+    gains = sorted(1 - loss / found[0].loss for loss in found[0].losses)
+    meaning = "share of the loss gained along ± the most negative curvature, the smaller side"
+    return Evidence("escape gain", gains[0], gains[0], gains[1], len(case.fixed), meaning)

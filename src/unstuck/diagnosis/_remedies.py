@@ -1,0 +1,65 @@
+"""Remedies: what a hypothesis predicts to help, as a change to a copy of the run."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from unstuck.diagnosis._trial import Fork, Remedy
+
+
+def rate(factor: float) -> Remedy:
+    """The learning rate times `factor`."""
+    name = f"learning rate × {factor:.3g}" if factor > 1 else f"learning rate ÷ {1 / factor:.3g}"
+    return Remedy(name, lambda copy: copy.scale_rate(factor))
+
+
+def larger_batch(times: int) -> Remedy:
+    """Several recorded batches to a step."""
+
+    def apply(copy: Fork) -> None:
+        copy.together = times
+
+    return Remedy(f"batch × {times}", apply)
+
+
+def randomise() -> Remedy:
+    """Adds noise of half the usual initial scale: N(0, 1/4 fan-in) on every weight matrix."""
+
+    def apply(copy: Fork) -> None:
+        for k, w in enumerate(copy.weights):
+            if w.dim() > 1:
+                copy.set_weight(k, w.detach() + 0.5 * copy.noise(w) / math.sqrt(w[0].numel()))
+
+    return Remedy("random weights added", apply)
+
+
+def renew(parameters: Iterable[int], names: Sequence[str], label: str) -> Remedy:
+    """Initialises parameters afresh: N(0, 2 / fan-in) for matrices (He et al. 2015), 1 for scales, 0 for biases."""
+    chosen = tuple(parameters)
+
+    def fresh(copy: Fork, k: int) -> torch.Tensor:
+        w = copy.weights[k].detach()
+        if w.dim() > 1:
+            return copy.noise(w) * math.sqrt(2 / w[0].numel())
+        return torch.ones_like(w) if names[k].endswith("weight") else torch.zeros_like(w)
+
+    def apply(copy: Fork) -> None:
+        for k in chosen:
+            copy.set_weight(k, fresh(copy, k))
+
+    return Remedy(label, apply)
+
+
+def along(direction: torch.Tensor, parameters: Iterable[int]) -> Remedy:
+    """A step in weight space, given as one flat direction over `parameters`."""
+    chosen = tuple(parameters)
+
+    def apply(copy: Fork) -> None:
+        place = 0
+        for k in chosen:
+            w = copy.weights[k]
+            copy.set_weight(k, w.detach() + direction[place : place + w.numel()].view_as(w))
+            place += w.numel()
+
+    return Remedy("a step along the negative curvature", apply)

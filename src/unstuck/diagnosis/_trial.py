@@ -1,0 +1,205 @@
+"""The remedy trial: every arm starts from the same copy of the run and trains on the same recorded steps.
+
+Control, the remedies and a null arm (the control from minutely perturbed weights) all cool down to rate 0 before they are
+compared. Without the cool-down a lower rate looks best on any noisy loss (Wu et al. 2018, short-horizon bias).
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unstuck.diagnosis._case import Case
+from unstuck.diagnosis._findings import Arm, Trial
+from unstuck.diagnosis._structure import mean_loss
+from unstuck.objective import Tape, TapeError
+from unstuck.record import State
+
+STEPS, COOLDOWN = 60, 30
+LEAST = math.log(0.95)  # an accepted remedy ends at least 5 % lower than the control
+RESTLESS = 0.02  # a null arm that moves further than this asks for more orders
+ORDERS = 3
+HOPELESS = 100.0  # times the first loss: an arm that climbs so high is given up
+NUDGE = 1e-3  # the null arm's relative perturbation
+
+Progress = Callable[[str, float], None]  # what is being tried, and the share of the trial that is done
+
+
+@dataclass(eq=False)
+class Fork:
+    """A copy of the run that a remedy may change before it trains."""
+
+    weights: list[Tensor]  # leaves
+    optimizer: torch.optim.Optimizer
+    together: int = 1  # recorded batches a step
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def scale_rate(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+
+    def set_weight(self, index: int, value: Tensor) -> None:
+        """New contents for a parameter; what the optimiser remembers of it is forgotten."""
+        self.weights[index].data.copy_(value)
+        self.optimizer.state.pop(self.weights[index], None)
+
+    def noise(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self.generator).to(like)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """A change that a hypothesis predicts to help."""
+
+    name: str
+    apply: Callable[[Fork], None]
+
+
+def fork(state: State) -> Fork:
+    """A copy of the run as it stood; ValueError where its optimiser cannot be built again."""
+    if state.optimizer is None:
+        raise ValueError("a trial needs the run's optimiser; it had none, or several")
+    weights = [w.detach().clone().requires_grad_(w.is_floating_point()) for w in state.weights]
+    return Fork(weights, state.optimizer.build(weights))
+
+
+def nudge(copy: Fork) -> None:
+    """The null arm: nothing but a perturbation of a thousandth of each parameter's size."""
+    for w in copy.weights:
+        if w.is_floating_point():
+            w.data.add_(copy.noise(w), alpha=NUDGE * float(w.detach().norm()) / math.sqrt(max(w.numel(), 1)))
+
+
+def run_trial(
+    case: Case,
+    remedies: Sequence[Remedy],
+    *,
+    state: State | None = None,
+    least: float = LEAST,
+    progress: Progress | None = None,
+) -> Trial:
+    """Tries remedies beside the control and a null arm from `state` (by default where the run stands).
+
+    An arm is accepted when its interval excludes 0, it ends at least exp(`least`) times lower than the control, twice as
+    far as the null arm strayed, and no higher than it started. ValueError where the run cannot be continued from.
+    """
+    state = state or case.state
+    if state is None or len(case.tapes) < 8:
+        raise ValueError(
+            f"a trial needs 8 recorded steps and finite weights, the run has {len(case.tapes)} recorded steps"
+        )
+    arms = [
+        ("as it is", "control", None),
+        *((r.name, "remedy", r.apply) for r in remedies),
+        ("nothing but a nudge", "null", nudge),
+    ]
+    train, judge = case.split
+    results = _all_arms(state, arms, train, judge, order=0, progress=progress)
+    if abs(_effect(results[0], [results[-1]])) > RESTLESS:
+        more = [_all_arms(state, arms, train, judge, order=k, progress=progress) for k in range(1, ORDERS)]
+        orders = [results, *more]
+    else:
+        orders = [results]
+    controls = [order[0] for order in orders]
+    stray = max(abs(_effect(order[0], [order[-1]])) for order in orders)
+    begin = mean_loss(state.weights, judge)
+    made = [_arm(arms[k], [o[k] for o in orders], controls, stray, begin, least) for k in range(len(arms))]
+    return Trial(tuple(made), STEPS, COOLDOWN, held_out=not {id(t) for t in train} & {id(t) for t in judge})
+
+
+@dataclass(frozen=True, eq=False)
+class _Result:
+    curve: tuple[float, ...]
+    end: tuple[float, ...]  # the loss on each tape to judge by; empty where the arm was given up
+
+
+def _all_arms(
+    state: State,
+    arms: Sequence[tuple],
+    train: Sequence[Tape],
+    judge: Sequence[Tape],
+    *,
+    order: int,
+    progress: Progress | None,
+) -> list[_Result]:
+    if order:
+        shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(order)).tolist()
+        train = [train[k] for k in shuffled]
+    results = []
+    for k, (name, _, apply) in enumerate(arms):
+        if progress is not None:
+            progress(name, k / len(arms))
+        copy = fork(state)
+        if apply is not None:
+            apply(copy)
+        results.append(_train(copy, train, judge))
+    return results
+
+
+def _train(copy: Fork, train: Sequence[Tape], judge: Sequence[Tape]) -> _Result:
+    rates = [group["lr"] for group in copy.optimizer.param_groups]
+    curve: list[float] = []
+    taken = 0
+    for k in range(STEPS + COOLDOWN):
+        for group, rate in zip(copy.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1.0, (STEPS + COOLDOWN - k) / COOLDOWN)
+        batch = [train[(taken + j) % len(train)] for j in range(copy.together)]
+        taken += copy.together
+        copy.optimizer.zero_grad()
+        try:
+            loss = torch.stack([t.replay(copy.weights) for t in batch]).mean()
+        except TapeError:
+            return _Result(tuple(curve), ())
+        curve.append(float(loss.detach()))
+        if not math.isfinite(curve[-1]) or curve[-1] > HOPELESS * max(curve[0], 1e-3):
+            return _Result(tuple(curve), ())
+        loss.backward()
+        copy.optimizer.step()
+    with torch.no_grad():
+        end = tuple(float(t.replay(copy.weights)) for t in judge)
+    return _Result(tuple(curve), end if all(math.isfinite(x) for x in end) else ())
+
+
+def _effect(control: _Result, others: Sequence[_Result]) -> float:
+    """ln(mean loss of the arm / mean loss of the control), by the tapes to judge by."""
+    other = others[0]
+    if not other.end:
+        return 0.0 if not control.end else math.inf
+    if not control.end:
+        return -math.inf
+    floor = 1e-12
+    return math.log(max(statistics.fmean(other.end), floor) / max(statistics.fmean(control.end), floor))
+
+
+def _spread(control: _Result, other: _Result) -> float:
+    """The jackknife error of the effect over the tapes to judge by."""
+    n = len(control.end)
+    if n < 2 or len(other.end) != n:
+        return 0.0
+    a, b = torch.tensor(other.end, dtype=torch.float64), torch.tensor(control.end, dtype=torch.float64)
+    left_out = ((a.sum() - a).clamp_min(1e-12) / (b.sum() - b).clamp_min(1e-12)).log()
+    return math.sqrt((n - 1) / n * float((left_out - left_out.mean()).square().sum()))
+
+
+def _arm(
+    arm: tuple, results: Sequence[_Result], controls: Sequence[_Result], stray: float, begin: float, least: float
+) -> Arm:
+    name, role, _ = arm
+    effects = [_effect(c, [r]) for c, r in zip(controls, results, strict=True)]
+    effect = statistics.fmean(effects)
+    within = max(_spread(c, r) for c, r in zip(controls, results, strict=True))
+    between = statistics.stdev(effects) if len(effects) > 1 and all(map(math.isfinite, effects)) else 0.0
+    reach = 0.0 if role == "control" else math.hypot(2 * within, 2 * between, stray)
+    reach = reach if math.isfinite(effect) else 0.0
+    ends = [statistics.fmean(r.end) if r.end else math.inf for r in results]
+    accepted = (
+        role == "remedy"
+        and effect + reach < 0
+        and effect <= least
+        and effect < -2 * (stray if math.isfinite(stray) else 0.0)
+        and max(ends) <= begin
+    )
+    return Arm(name, role, effect, effect - reach, effect + reach, accepted, results[0].curve)
