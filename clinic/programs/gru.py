@@ -78,10 +78,9 @@ def optimise(model, fault, variant, steps):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     if fault == "parameters-not-optimised":
         model.gru = nn.GRU(input_size=8, hidden_size=32, batch_first=True)
-    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=20)
     if variant == "cosine-tail":
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    return optimizer, scheduler
+        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=20)
 
 
 def batches(x, y, size):

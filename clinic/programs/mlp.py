@@ -37,7 +37,7 @@ torch.manual_seed(args.seed)
 
 digits = load_digits()
 x, y = torch.tensor(digits.data, dtype=torch.float32), torch.tensor(digits.target)
-split = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))  # the same for all seeds
+split = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))  # the same for all seeds
 x_train, y_train = x[split[:1400]], y[split[:1400]]
 x_test, y_test = x[split[1400:]], y[split[1400:]]
 mean, std = x_train.mean(0), x_train.std(0) + 0.1  # pixels at the border are constant
@@ -78,14 +78,12 @@ if fault == "dead-units":
 if variant == "sparse-relu":
     nn.init.constant_(model.hidden.bias, -0.5)
 
-lr = {"lr-diverges": 10.0, "lr-too-small": 1e-4}.get(fault, 0.1)
-steps, batch_size = args.steps, 50
-if variant == "edge-of-stability":
-    lr, batch_size = 4.0, len(x_train)
-if variant == "converged":
-    lr, steps = 0.5, 3 * steps
+rates = {"lr-diverges": 10.0, "lr-too-small": 1e-4, "edge-of-stability": 4.0, "cosine-tail": 0.3, "converged": 0.5}
+lr = rates.get(fault or variant, 0.1)
+steps = 3 * args.steps if variant == "converged" else args.steps
+batch_size = len(x_train) if variant == "edge-of-stability" else 50
 optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-if fault == "lr-bounces":
+if fault == "lr-bounces":  # a rate that SGD would bear
     optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
 if fault == "parameters-not-optimised":
     model.hidden = nn.Linear(64, 32)
