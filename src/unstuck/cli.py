@@ -1,6 +1,7 @@
 """The command: each subcommand parses, calls one public function and prints. Verdicts go to stderr, data to stdout."""
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -179,7 +180,7 @@ def _latest() -> Path:
 
 def _console() -> Console:
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without UTF-8 loses a tick, not the verdict
     return Console(stderr=True)
 

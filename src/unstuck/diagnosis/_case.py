@@ -47,7 +47,7 @@ class Case:
         self.run = run
         self._measures = measures
         self._known: dict[str, Evidence | None] = {}
-        self._once: dict[Callable[["Case"], Any], Any] = {}
+        self._once: dict[Callable[[Case], Any], Any] = {}
         self.steps, self.losses = run.series("loss")
 
     def __getitem__(self, name: str) -> Evidence | None:
@@ -155,7 +155,7 @@ def _fingerprint(constant: Tensor) -> tuple[Any, ...]:
 
 
 def comparison(program: Program) -> Comparison | None:
-    """Where a program compares its outputs with the targets: the last known loss, else the last call that meets a constant."""
+    """Where a program compares outputs with targets: its last known loss, else its last call with a constant."""
     for call in reversed(program.instructions):
         if call.name in LOSSES:
             return Comparison(call, LOSSES[call.name], 0, 1)

@@ -19,6 +19,7 @@ from unstuck.diagnosis._findings import (
     Trial,
 )
 from unstuck.diagnosis._hypotheses import BLIND, DIVERGED, HYPOTHESES, MEASURES, Hypothesis, symptom
+from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, run_trial
 from unstuck.record import Run
 
@@ -35,8 +36,8 @@ def diagnose(
     """Why the run is stuck: findings with evidence, the rivals that it rules out, and remedies tried on a copy.
 
     A run whose loss shows no symptom gets no finding. `hypotheses` and `measures` can be extended with one's own:
-    `diagnose(run, hypotheses=(*HYPOTHESES, mine))`. `progress(text, share)` is told how far it is. Nothing in the run or
-    in the training that wrote it is changed.
+    `diagnose(run, hypotheses=(*HYPOTHESES, mine))`. `progress(text, share)` is told how far it is. Neither the run nor
+    the training that wrote it is changed.
     """
     case = Case(run, {**MEASURES, **(measures or {})})
     codes = (*EXACT, *(h.code for h in hypotheses))
@@ -80,11 +81,13 @@ def _eliminate(
     for h in survivors:
         if any(f.word == PROVED for f in findings):
             break
-        found = _tried(case, h, progress)
-        if isinstance(found, RuledOut):
-            ruled_out.append(found)
-        elif found is not None:
+        found = _tried(case, h, sign, progress)
+        if isinstance(found, Finding):
             findings.append(found)
+        elif isinstance(found, RuledOut):
+            ruled_out.append(found)
+        else:
+            open_questions[h.code] = found
     findings = [replace(f, ruled_out=tuple(r for r in ruled_out if r.code != f.code)) for f in findings]
     return findings, open_questions
 
@@ -102,74 +105,64 @@ def _judge(case: Case, h: Hypothesis) -> tuple[str | None, str | None]:
     return None, missing
 
 
-def _tried(case: Case, h: Hypothesis, progress: Progress | None) -> Finding | RuledOut | None:
+def _tried(case: Case, h: Hypothesis, sign: str, progress: Progress | None) -> Finding | RuledOut | str:
+    """What the survivor's own remedies make of it: a finding, a refutation, or why it stays open."""
+    trial, because = None, "it has no remedy that can be tried"
     arms = h.remedies(case)
-    trial, because = None, ""
     if arms:
         try:
             trial = run_trial(case, arms, state=h.origin(case), progress=_later(progress))
         except ValueError as error:
-            because = f" The remedy could not be tried: {error}."
-    word = _word(case, h, trial)
-    if word is None:
-        if trial is None:
-            return None
+            because = str(error)
+    if trial is not None and trial.accepted:
+        word = PROVED
+    elif h.decisive:
+        word = SHOWN
+    elif trial is not None:
         best = min((a for a in trial.arms if a.role == "remedy"), key=lambda a: a.effect)
         return RuledOut(
-            h.code, f"its own remedy does not help: {best.remedy} ends {_change(best.effect)} beside the control"
+            h.code, f"its own remedy does not help: {best.remedy} ends {_change(best.effect)} than the control"
         )
-    return Finding(
-        h.code,
-        word,
-        since(case),
-        _place(case, h),
-        h.claim(case) + because,
-        _advice(h, trial),
-        _evidence(case, h),
-        trial=trial,
+    elif sign == BLIND:
+        word = SUSPECT
+    else:
+        return because
+    advice = (
+        h.advice
+        if word == PROVED or not arms or trial is not None
+        else f"{h.advice} (It could not be tried: {because}.)"
     )
-
-
-def _word(case: Case, h: Hypothesis, trial: Trial | None) -> str | None:
-    """The word that a surviving hypothesis has earned; None where its own trial speaks against it."""
-    if trial is not None and trial.accepted:
-        return PROVED
-    if h.shown:
-        return SHOWN
-    if trial is not None or h.symptoms[0] != BLIND or _sees(case):
-        return None
-    return SUSPECT
-
-
-def _sees(case: Case) -> bool:
-    found = case["input dependence"]
-    return found is None or found.value >= 0.002
+    evidence = _evidence(case, h)
+    return Finding(
+        h.code, word, since(case), _place(case, h), h.claim(case), _advice(advice, trial), evidence, trial=trial
+    )
 
 
 def _evidence(case: Case, h: Hypothesis) -> tuple[Evidence, ...]:
     """The quantities that the hypothesis predicted, after the ones that make the symptom."""
-    extra = ("escape gain",) if h.code == "saddle" else ("relative gradient",) if h.code == "lr-bounces" else ()
-    names = dict.fromkeys(("loss over chance", "trend", *extra, *(p.quantity for p in h.predictions)))
+    names = dict.fromkeys(("loss over chance", "trend", *h.evidence, *(p.quantity for p in h.predictions)))
     return tuple(found for name in names if (found := case[name]) is not None)
 
 
-def _advice(h: Hypothesis, trial: Trial | None) -> str:
+def _advice(advice: str, trial: Trial | None) -> str:
     if trial is None or not trial.accepted:
-        return h.advice
+        return advice
     best = min(trial.accepted, key=lambda a: a.effect)
-    return f"{h.advice} Tried on a copy: {best.remedy} ends {_change(best.effect)} than the control."
+    if best.effect == -math.inf:
+        return (
+            f"{advice} Tried on a copy: with {best.remedy} the loss stays finite and falls; the control blows up again."
+        )
+    return f"{advice} Tried on a copy: {best.remedy} ends {_change(best.effect)} than the control."
 
 
 def _change(effect: float) -> str:
-    if effect == -math.inf:
-        return "finite, unlike"
     share = math.expm1(effect)
     return f"{abs(share):.0%} {'lower' if share < 0 else 'higher'}"
 
 
 def _place(case: Case, h: Hypothesis) -> str:
-    arms = h.remedies(case) if h.code == "dead-units" else ()
-    return arms[0].name.partition("(")[2].rstrip(" …)") if arms else ""
+    layers = dead_layers(case, case.fixed[-1].program) if h.code in ("dead-units", "killed") else []
+    return ", ".join(case.names[k] for k in layers[:2])
 
 
 def since(case: Case) -> int:

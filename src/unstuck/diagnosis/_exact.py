@@ -28,8 +28,8 @@ def non_finite_data(case: Case) -> Finding | None:
         SHOWN,
         fact["step"],
         f"{fact['where']}, rows {', '.join(map(str, rows))}",
-        f"The loss became {fact['loss']} at step {fact['step']} because the batch itself holds numbers that are not finite; "
-        "the weights before that step were finite.",
+        f"The loss became {fact['loss']} at step {fact['step']} because the batch itself holds numbers that are not "
+        "finite; the weights were still finite before it.",
         "Find these rows in the data and drop or impute them; check the data once with torch.isfinite before training.",
         (Evidence.exact("rows that are not finite", len(rows), "rows of the batch with NaN or infinity"),),
     )
@@ -44,8 +44,8 @@ def zero_grad_missing(case: Case) -> Finding | None:
         SHOWN,
         1,
         fact["line"],
-        f"The gradients are never cleared: from step {fact['step']} on the optimiser uses the sum of all gradients so far. "
-        f"The gradient that one step has used was still there, untouched, when the next backward() added to it.",
+        "The gradients are never cleared, so every step uses the sum of all gradients so far: what one step had used "
+        "was still there, untouched, when the next backward() added to it.",
         "Call optimizer.zero_grad() once before each backward(), or before the first of an accumulation.",
         (Evidence.exact("steps with old gradients", fact["count"], f"of the {steps} steps up to then", n=steps),),
     )
@@ -83,7 +83,7 @@ def graph_cut(case: Case) -> Finding | None:
         fact["line"],
         f"No gradient reaches {_some(names)}: the forward pass uses them, and the optimiser should move them, but "
         f"{fact['function']}() takes a value out of the graph on the way to the loss.",
-        f"Remove the {fact['function']}() at {fact['line']}, or freeze these parameters on purpose with requires_grad_(False).",
+        f"Remove the {fact['function']}() there, or freeze these parameters on purpose with requires_grad_(False).",
         (
             Evidence.exact(
                 "parameters cut off", len(names), f"without a gradient in {fact['count']} of {steps} steps", n=steps

@@ -12,6 +12,8 @@ from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
 DIVERGED, BLIND, STUCK = "diverged", "blind", "stuck"  # symptoms
+DEPENDS = 0.002  # the least share of the outputs' variance that inputs must account for
+GENUINE = 0.05  # a saddle leads down to both sides by this share of the loss
 
 MEASURES: dict[str, Measure] = {
     "trend": motion.trend,
@@ -21,6 +23,7 @@ MEASURES: dict[str, Measure] = {
     "dead units": structure.dead_share,
     "saturation": structure.saturation,
     "smallest signal": structure.smallest_scale,
+    "signal into the dead layer": structure.dead_signal,
     "relative gradient": structure.relative_gradient,
     "zero gradients": structure.zero_gradients,
     "zero weights at the start": structure.zero_at_start,
@@ -53,8 +56,8 @@ class Prediction:
 class Hypothesis:
     """A cause, the symptoms it can explain, what it predicts, and the remedies that should then work.
 
-    `claim` and `advice` are formats over the measured quantities (spaces and signs in a name become underscores).
-    A hypothesis without remedies can be ruled out or suspected, never proved.
+    It falls when a quantity lies outside its prediction. What survives has its remedies tried; without remedies it can
+    be suspected, never proved.
     """
 
     code: str
@@ -64,21 +67,21 @@ class Hypothesis:
     advice: str
     remedies: Callable[[Case], Sequence[Remedy]] = lambda case: ()
     origin: Callable[[Case], State | None] = lambda case: case.state  # where its trial starts
-    shown: bool = False  # whether its predictions, all measured, are decisive without a trial
+    evidence: tuple[str, ...] = ()  # quantities to show beside the predicted ones
+    decisive: bool = False  # whether its predictions alone show it, should the trial not prove it
 
 
 def symptom(case: Case) -> str | None:
     """What is wrong with the loss, if anything: without a symptom there is no verdict."""
-    rise, level = case["rise of the loss"], case["loss over chance"]
-    if rise is not None and (math.isinf(rise.value) or (rise.value >= 10 and (level is None or level.value > 0.8))):
+    rise, level, dependence = case["rise of the loss"], case["loss over chance"], case["input dependence"]
+    at_chance = level is None or level.value > 0.8
+    if rise is not None and (math.isinf(rise.value) or (rise.value >= 10 and at_chance)):
         return DIVERGED
-    dependence = case["input dependence"]
-    if dependence is not None and dependence.value < 0.002 and (level is None or level.value > 0.8):
+    if dependence is not None and dependence.value < DEPENDS and at_chance:
         return BLIND
     trend = case["trend"]
-    if trend is not None and trend.value > -0.15 and level is not None and level.value > 0.1:
-        return STUCK
-    return None
+    flat = trend is not None and (trend.value > -0.15 or trend.high > 0.3)
+    return STUCK if flat and level is not None and level.value > 0.1 else None
 
 
 def _value(case: Case, name: str) -> float:
@@ -90,18 +93,89 @@ def _everything(case: Case) -> list[int]:
     return sorted({k for t in case.fixed for k in t.program.reads()})
 
 
-def _dead(case: Case) -> list[Remedy]:
-    layers = structure.dead_layers(case, case.fixed[-1].program)
+def _diverged(case: Case) -> str:
+    rise = _value(case, "rise of the loss")
+    worst = "it is no longer a number" if math.isinf(rise) else f"it rose to {rise:.3g} times its start"
     return (
-        [remedies.renew(layers, case.names, f"dead layer initialised afresh ({case.names[layers[0]]} …)")]
-        if layers
-        else []
+        f"The loss blew up: {worst}. The step is too large for the curvature, so every update lands higher than before."
+    )
+
+
+def _zero(case: Case) -> str:
+    return (
+        f"The weights started at zero, and {_value(case, 'zero gradients'):.0%} of the parameters have a gradient of "
+        "exactly 0. All units compute the same, so nothing tells them apart, and only the output's bias learns."
+    )
+
+
+def _dead(case: Case) -> str:
+    return (
+        f"{_value(case, 'dead units'):.0%} of the units of a ReLU layer are zero for every input: no gradient passes "
+        "through them, and what lies before them cannot learn."
+    )
+
+
+def _revived(case: Case) -> list[Remedy]:
+    layers = structure.dead_layers(case, case.fixed[-1].program)
+    return [remedies.renew(layers, case.names, "dead layer initialised afresh")] if layers else []
+
+
+def _killed(case: Case) -> str:
+    return (
+        f"An earlier step destroyed the network: {_value(case, 'dead units'):.0%} of a layer's units are dead, and the "
+        f"weights are {_value(case, 'growth of the weights'):.3g} times as long as at the start. A lower rate from "
+        "here cures nothing."
+    )
+
+
+def _critical_point(case: Case) -> str:
+    gain, g = _value(case, "escape gain"), _value(case, "relative gradient")
+    here = f"The gradient vanishes (‖g‖‖w‖/L = {g:.2g}) and the outputs do not depend on the inputs"
+    if gain >= GENUINE:
+        return (
+            f"{here}: a saddle. Along the most negative curvature the loss falls to both sides, by {gain:.0%} or more."
+        )
+    return (
+        f"{here}: the flat origin of a deep network, a degenerate saddle. Even the most negative curvature hardly "
+        "leads down, so gradient descent cannot leave it in reasonable time; weights of the usual size can."
+    )
+
+
+def _way_out(case: Case) -> list[Remedy]:
+    found = case.once(motion.way_out)
+    step = [] if found is None else [remedies.along(found[1], _everything(case))]
+    return [remedies.randomise(), *step]
+
+
+def _saturated(case: Case) -> str:
+    return f"{_value(case, 'saturation'):.0%} of the activations lie on the flat part of a tanh or sigmoid."
+
+
+def _tiny_steps(case: Case) -> str:
+    return (
+        "The loss hardly moves because the steps are tiny: each update could be "
+        f"{_value(case, 'head-room'):.0f} times as long before the loss of its own batch rises again."
     )
 
 
 def _raised(case: Case) -> list[Remedy]:
-    room = min(_value(case, "head-room"), motion.CAP)
-    return [remedies.rate(room / 4), remedies.rate(max(room / 40, 3))]
+    room = _value(case, "head-room")
+    return [remedies.rate(room / 4), remedies.rate(room / 40)]
+
+
+def _bouncing(case: Case) -> str:
+    return (
+        "The loss has stopped falling although the gradient is still large "
+        f"(‖g‖‖w‖/L = {_value(case, 'relative gradient'):.3g}): the step jumps across a ravine instead of going down "
+        f"in it (curvature × rate = {_value(case, 'curvature × rate'):.2g}; beyond 2 it lands higher on the far side)."
+    )
+
+
+def _noisy(case: Case) -> str:
+    return (
+        "The loss has stopped falling because the batches disagree: the noise of the gradient moves the weights as far "
+        f"as its mean. Curvature would allow the step (curvature × rate = {_value(case, 'curvature × rate'):.2g})."
+    )
 
 
 def _lowered(case: Case) -> list[Remedy]:
@@ -109,30 +183,17 @@ def _lowered(case: Case) -> list[Remedy]:
     return arms if motion.repeats_one_batch(case) else [*arms, remedies.larger_batch(4)]
 
 
-def _critical_point(case: Case) -> str:
-    gain, g = _value(case, "escape gain"), _value(case, "relative gradient")
-    here = f"The gradient vanishes (‖g‖‖w‖/L = {g:.2g}) and the outputs do not depend on the inputs"
-    if gain >= 0.05:
-        return f"{here}: this is a saddle. Along the negative curvature the loss falls to both sides, by {gain:.0%} at least."
-    return (
-        f"{here}: this is the flat origin of a deep network, a degenerate saddle where even the most negative curvature "
-        "hardly leads down. Gradient descent cannot leave it in reasonable time; weights of the usual size can."
-    )
-
-
-def _way_out(case: Case) -> list[Remedy]:
-    found = case.once(motion.way_out)
-    return [] if found is None else [remedies.along(found[1], _everything(case))]
-
-
-SEES = Prediction(
-    "input dependence",
-    0.002,
-    1.0,
-    "the outputs do not depend on the inputs ({value:.1e} of their variance comes from them)",
-)
+INF = math.inf
 BLINDNESS = Prediction(
-    "input dependence", 0.0, 0.002, "the outputs depend on the inputs ({value:.0%} of their variance comes from them)"
+    "input dependence", 0, DEPENDS, "the outputs depend on the inputs ({value:.0%} of their variance)"
+)
+SIGHT = Prediction(
+    "input dependence", DEPENDS, 1, "the outputs do not depend on the inputs ({value:.1g} of their variance)"
+)
+DEATH = Prediction("dead units", 0.9, 1, "the units are alive ({value:.0%} of the worst layer never fire)")
+LIFE = Prediction("dead units", 0, 0.9, "the units are dead ({value:.0%} of a layer never fire)", needed=False)
+SIGNAL = Prediction(
+    "signal into the dead layer", 1e-3, INF, "the dead layer gets no signal to speak of (rms {value:.1g})", needed=False
 )
 
 HYPOTHESES: tuple[Hypothesis, ...] = (
@@ -141,85 +202,61 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (DIVERGED,),
         (
             Prediction(
-                "rise of the loss", 10, math.inf, "the loss never rose far above its start (×{value:.2g} at worst)"
+                "rise of the loss", 10, INF, "the loss never rose far above its start ({value:.2g} times at worst)"
             ),
         ),
-        lambda case: (
-            "The loss blew up: "
-            + (
-                "it is no longer a number"
-                if math.isinf(_value(case, "rise of the loss"))
-                else f"it rose {_value(case, 'rise of the loss'):.3g} times"
-            )
-            + ". The step is too large for the curvature, so that every update lands higher on the other side."
-        ),
-        "Start again with the smaller learning rate that the trial accepts; warm-up or gradient clipping help where only the first steps are unstable.",
+        _diverged,
+        "Start again with a learning rate that the trial accepts; warm-up or clipping helps an unstable start.",
         lambda case: (remedies.rate(1 / 10), remedies.rate(1 / 100), remedies.rate(1 / 1000)),
         origin=lambda case: case.start,
-        shown=True,
+        decisive=True,
     ),
     Hypothesis(
         "zero-init",
         (BLIND, STUCK),
         (
-            Prediction(
-                "zero weights at the start",
-                0.5,
-                1.0,
-                "the weights did not start at zero ({value:.0%} of the matrices did)",
-            ),
+            Prediction("zero weights at the start", 0.5, 1, "the weights did not start at zero ({value:.0%} did)"),
             BLINDNESS,
             Prediction(
-                "zero gradients", 0.4, 1.0, "the gradients are not zero ({value:.0%} of the parameters have none)"
+                "zero gradients", 0.4, 1, "the gradients are not zero ({value:.0%} of the parameters have none)"
             ),
         ),
-        lambda case: (
-            f"All weights started at zero, and {_value(case, 'zero gradients'):.0%} of the parameters have a gradient of exactly 0: "
-            "every unit computes the same, so that nothing tells them apart and only the output's bias learns."
-        ),
+        _zero,
         "Use the layers' own initialisation (Kaiming or Xavier); zero is right for biases only.",
         lambda case: (
             remedies.renew(_everything(case), case.names, "weights initialised afresh"),
             remedies.randomise(),
         ),
-        shown=True,
+        decisive=True,
     ),
     Hypothesis(
         "dead-units",
         (BLIND, STUCK),
         (
-            Prediction("dead units", 0.9, 1.0, "the units are alive ({value:.0%} of the worst layer never fire)"),
+            DEATH,
+            SIGNAL,
             Prediction(
                 "growth of the weights",
-                0.0,
-                8.0,
-                "the weights have grown {value:.3g}-fold: an earlier step killed the units",
+                0,
+                8,
+                "the weights have grown {value:.3g}-fold: a step killed them",
                 needed=False,
             ),
         ),
-        lambda case: (
-            f"{_value(case, 'dead units'):.0%} of the units of a ReLU layer are zero for every input, so that no gradient passes "
-            "through them and the layers before them cannot learn."
-        ),
-        "Initialise the dead layer afresh (its bias first), use a leaky activation, or lower the rate if a large step has killed it.",
         _dead,
-        shown=True,
+        "Initialise the dead layer afresh, its bias at 0; a leaky activation cannot die.",
+        _revived,
+        decisive=True,
     ),
     Hypothesis(
         "killed",
         (BLIND, STUCK),
-        (
-            Prediction("dead units", 0.9, 1.0, "the units are alive ({value:.0%} of the worst layer never fire)"),
-            Prediction("growth of the weights", 8.0, math.inf, "the weights have not grown ({value:.3g}-fold)"),
-        ),
-        lambda case: (
-            f"An earlier step destroyed the network: {_value(case, 'dead units'):.0%} of a layer's units are dead and the weights are "
-            f"{_value(case, 'growth of the weights'):.3g} times as long as at the start. A lower rate from here cures nothing."
-        ),
+        (DEATH, SIGNAL, Prediction("growth of the weights", 8, INF, "the weights have not grown ({value:.3g}-fold)")),
+        _killed,
         "Start again from the beginning with a lower learning rate.",
         lambda case: (remedies.rate(1 / 10), remedies.rate(1 / 30)),
         origin=lambda case: case.start,
-        shown=True,
+        decisive=True,
     ),
     Hypothesis(
         "saddle",
@@ -227,122 +264,90 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (
             BLINDNESS,
             Prediction(
-                "dead units", 0.0, 0.9, "the units are dead ({value:.0%} of the worst layer never fire)", needed=False
+                "zero weights at the start", 0, 0.5, "the weights started at exactly zero ({value:.0%})", needed=False
             ),
             Prediction(
-                "relative gradient",
-                0.0,
-                0.05,
-                "the gradient is large: ‖g‖‖w‖/L = {value:.3g}, at a saddle it is below 0.05",
+                "signal into the dead layer",
+                0,
+                1e-3,
+                "the units are dead under a strong signal (rms {value:.2g})",
+                needed=False,
+            ),
+            Prediction(
+                "relative gradient", 0, 0.05, "the gradient is large: ‖g‖‖w‖/L = {value:.3g}, at a saddle below 0.05"
             ),
         ),
         _critical_point,
-        "Initialise at the usual scale (Kaiming or Xavier); added noise or a step along the negative curvature leaves a saddle.",
-        lambda case: (remedies.randomise(), *_way_out(case)),
+        "Initialise at the usual scale (Kaiming or Xavier).",
+        _way_out,
+        evidence=("escape gain",),
     ),
     Hypothesis(
         "plateau",
-        (BLIND, STUCK),
-        (Prediction("saturation", 0.5, 1.0, "the activations are not on a flat part ({value:.0%} are saturated)"),),
-        lambda case: f"{_value(case, 'saturation'):.0%} of the activations lie on the flat part of a tanh or sigmoid.",
+        (BLIND,),
+        (Prediction("saturation", 0.5, 1, "the activations are not on a flat part ({value:.0%} are saturated)"),),
+        _saturated,
         "Rescale the inputs or the layer, or use an activation that does not saturate.",
     ),
     Hypothesis(
         "poor-minimum",
-        (BLIND, STUCK),
+        (),  # no measurement of one run shows that better is reachable: a rival only
         (
+            SIGHT,
             Prediction(
-                "relative gradient",
-                0.0,
-                1.0,
-                "the gradient is large: ‖g‖‖w‖/L = {value:.3g}, near a minimum it is below 1",
+                "relative gradient", 0, 1, "the gradient is large: ‖g‖‖w‖/L = {value:.3g}, near a minimum it is below 1"
             ),
-            Prediction(
-                "drift gain",
-                0.0,
-                0.01,
-                "the loss still falls by {value:.0%} along the way the weights came",
-                needed=False,
-            ),
-            SEES,
+            Prediction("drift gain", 0, 0.01, "the loss falls by {value:.0%} further along its way", needed=False),
         ),
         lambda case: "The gradient is small and no probe finds a way down.",
         "Start again from another initialisation, or give the network more width.",
     ),
     Hypothesis(
         "lr-too-small",
-        (STUCK, BLIND),
+        (STUCK,),
         (
-            SEES,
+            SIGHT,
             Prediction(
-                "head-room",
-                200,
-                math.inf,
-                "the step is not small: the update could be only {value:.3g} times as long (a small one: over 200)",
+                "head-room", 200, INF, "an update could be only {value:.3g} times as long (a tiny one: over 200 times)"
             ),
-            Prediction(
-                "head-room elsewhere",
-                20,
-                math.inf,
-                "on another batch the update could be only {value:.3g} times as long",
-            ),
-            Prediction(
-                "drift gain",
-                0.01,
-                1.0,
-                "nothing is gained further along the way (the loss falls by {value:.2%})",
-                needed=False,
-            ),
+            Prediction("head-room elsewhere", 20, INF, "on another batch it could be only {value:.3g} times as long"),
+            Prediction("drift gain", 0.01, 1, "nothing is gained further along its way ({value:.1%})", needed=False),
         ),
-        lambda case: (
-            f"The loss hardly moves because the steps are tiny: each update could be {_value(case, 'head-room'):.3g} times as long "
-            "before the loss of its own batch rises again."
-        ),
-        "Raise the learning rate to the one that the trial accepts.",
+        _tiny_steps,
+        "Raise the learning rate to one that the trial accepts.",
         _raised,
     ),
     Hypothesis(
         "lr-bounces",
         (STUCK,),
         (
-            SEES,
+            SIGHT,
+            LIFE,
+            Prediction("head-room", 0, 200, "the step is tiny: an update could be {value:.3g} times as long"),
             Prediction(
-                "dead units", 0.0, 0.9, "the units are dead ({value:.0%} of the worst layer never fire)", needed=False
-            ),
-            Prediction("head-room", 0.0, 200, "the step is small: the update could be {value:.3g} times as long"),
-            Prediction(
-                "curvature × rate",
-                1.0,
-                math.inf,
-                "the step is small for the curvature (λ₁η = {value:.2g}, bouncing needs about 2)",
+                "curvature × rate", 1, INF, "the step is small for the curvature (λ₁η = {value:.2g}, bouncing: above 1)"
             ),
         ),
-        lambda case: (
-            "The loss has stopped falling although the gradient is still large "
-            f"(‖g‖‖w‖/L = {_value(case, 'relative gradient'):.3g}): the step jumps across a ravine instead of following it "
-            f"(λ₁η = {_value(case, 'curvature × rate'):.2g}, and above 2 a step lands higher on the other side)."
-        ),
-        "Lower the learning rate to the one that the trial accepts, or let it decay; a larger batch helps where batches differ.",
+        _bouncing,
+        "Lower the learning rate to one that the trial accepts, or let it decay; a larger batch may help.",
         _lowered,
+        evidence=("relative gradient",),
     ),
     Hypothesis(
         "noise-floor",
         (STUCK,),
         (
-            SEES,
-            Prediction("different batches", 2, math.inf, "every step uses the same batch: its gradient has no noise"),
-            Prediction("head-room", 0.0, 4096, "the step is small: the update could be {value:.3g} times as long"),
+            SIGHT,
+            Prediction("different batches", 2, INF, "every step uses the same batch: its gradient has no noise"),
+            Prediction("head-room", 0, 200, "the step is tiny: an update could be {value:.3g} times as long"),
             Prediction(
                 "curvature × rate",
-                0.0,
-                1.0,
-                "curvature, not noise, limits the step (λ₁η = {value:.2g}; under noise alone it is below 1)",
+                0,
+                1,
+                "curvature limits the step before noise does (λ₁η = {value:.2g}, noise: below 1)",
             ),
         ),
-        lambda case: (
-            "The loss has stopped falling because the batches disagree: the noise of the gradient moves the weights as far as its mean "
-            f"(λ₁η = {_value(case, 'curvature × rate'):.2g} leaves room, but a smaller step or a larger batch ends lower)."
-        ),
+        _noisy,
         "Let the learning rate decay, or use a larger batch.",
         _lowered,
     ),

@@ -145,7 +145,7 @@ def drift_gain(case: Case) -> Evidence | None:
 
 
 def curvature_times_rate(case: Case) -> Evidence | None:
-    """λ₁ of the Hessian, preconditioned as the optimiser does it, times the effective rate: 2 is the edge of stability."""
+    """λ₁ of the Hessian, preconditioned as the optimiser does, times the effective rate: 2 is the edge of stability."""
     state = case.state
     if state is None or state.optimizer is None or not case.fixed:
         return None

@@ -37,7 +37,9 @@ def take_census(case: Case) -> Census:
         place = {id(c): k for k, c in enumerate(tape.program.instructions)}
         end = comparison(tape.program)
 
-        def look(call: Instruction, args: Any, result: Any, *, place=place, end: Comparison | None = end) -> None:  # noqa: ANN001
+        def look(
+            call: Instruction, args: Any, result: Any, *, place: dict[int, int] = place, end: Comparison | None = end
+        ) -> None:
             if end is not None and call is end.call:
                 _take_outputs(taken, args[end.outputs], None if end.targets is None else args[end.targets])
             if call.name in RECTIFIERS or call.name in SIGMOIDS:
@@ -98,6 +100,16 @@ def dead_share(case: Case) -> Evidence | None:
     return Evidence.exact(
         "dead units", worst, "share of a layer's units that are zero for every input", n=_examples(case)
     )
+
+
+def dead_signal(case: Case) -> Evidence | None:
+    """Units that never fire may be dead, or sit at the origin of a network whose weights are nearly zero."""
+    taken = case.once(take_census)
+    dead = {k: float((~f).double().mean()) for k, f in taken.fired.items()}
+    if not dead or max(dead.values()) < 0.9:
+        return None
+    scales = [sum(taken.scales[k]) / len(taken.scales[k]) for k, share in dead.items() if share >= 0.9]
+    return Evidence.exact("signal into the dead layer", max(scales), "rms of what enters it", n=_examples(case))
 
 
 def saturation(case: Case) -> Evidence | None:
@@ -191,7 +203,7 @@ def layers_feeding(program: Program, place: int) -> list[int]:
     """The parameters of the nearest calls before an activation that have any: its layer, and a norm in between."""
     producer = {slot: k for k, c in enumerate(program.instructions) for slot in c.made()}
     found: list[int] = []
-    frontier = [s for s in program.instructions[place].slots()]
+    frontier = list(program.instructions[place].slots())
     while frontier:
         slot = frontier.pop()
         if slot < program.parameters or slot not in producer:

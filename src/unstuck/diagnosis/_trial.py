@@ -1,7 +1,7 @@
 """The remedy trial: every arm starts from the same copy of the run and trains on the same recorded steps.
 
-Control, the remedies and a null arm (the control from minutely perturbed weights) all cool down to rate 0 before they are
-compared. Without the cool-down a lower rate looks best on any noisy loss (Wu et al. 2018, short-horizon bias).
+Control, the remedies and a null arm (the control from minutely perturbed weights) all cool down to rate 0 before they
+are compared. Without the cool-down a lower rate looks best on any noisy loss (short-horizon bias, Wu et al. 2018).
 """
 
 import math
@@ -83,8 +83,8 @@ def run_trial(
 ) -> Trial:
     """Tries remedies beside the control and a null arm from `state` (by default where the run stands).
 
-    An arm is accepted when its interval excludes 0, it ends at least exp(`least`) times lower than the control, twice as
-    far as the null arm strayed, and no higher than it started. ValueError where the run cannot be continued from.
+    An arm is accepted when its interval excludes 0 and it ends at least exp(`least`) times lower than the control, twice
+    as far as the null arm strayed, and no higher than it started. ValueError where the run cannot be continued.
     """
     state = state or case.state
     if state is None or len(case.tapes) < 8:
