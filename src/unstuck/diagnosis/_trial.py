@@ -83,7 +83,7 @@ def run_trial(
 ) -> Trial:
     """Tries remedies beside the control and a null arm from `state` (by default where the run stands).
 
-    An arm is accepted when its interval excludes 0 and it ends at least exp(`least`) times lower than the control, twice
+    An arm is accepted when its interval excludes 0 and it ends by exp(`least`) or more below the control, twice
     as far as the null arm strayed, and no higher than it started. ValueError where the run cannot be continued.
     """
     state = state or case.state

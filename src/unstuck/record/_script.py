@@ -25,7 +25,7 @@ def run_script(
 ) -> Outcome:
     """Runs `script` with `argv` in this process as the main program, watched, and gives back what was recorded.
 
-    An exception in the script is printed as Python prints it. ValueError where there is no such file or it does not compile.
+    An exception in the script is printed as Python prints it. ValueError where it cannot be read or does not compile.
     """
     path = Path(script)
     try:
