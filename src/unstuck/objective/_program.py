@@ -43,11 +43,11 @@ class Instruction:
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     outputs: tuple[int, ...] = ()  # slots, in the order in which the tensors lie in the result
-    written: int | None = None  # the slot under which the first argument goes on, where the call writes into it
     random: bool = False  # whether it draws from the global generator
     grad: bool = True  # whether gradients were recorded
-    autocast: tuple[str, torch.dtype] | None = None
-    expects: bool | int | None = None  # what it returned, where the script read a flag or a count that may steer it
+    autocast: tuple[str, torch.dtype, bool] | None = None  # device, type, whether casts are cached
+    part: int = 0  # how many backward() calls came before
+    expects: Any = None  # what it returned, where the script read a flag, a count or a shape that may steer it
 
     def slots(self) -> Iterator[int]:
         """The slots it reads."""
@@ -57,7 +57,7 @@ class Instruction:
 
     def made(self) -> tuple[int, ...]:
         """The slots it fills."""
-        return self.outputs if self.written is None else (self.written,)
+        return self.outputs
 
 
 @dataclass(frozen=True)
@@ -97,23 +97,23 @@ class Tape:
         TapeError where the script would have taken another path with these values.
         """
         for tensor, version in zip(self.constants, self.versions, strict=True):
-            if version is not None and tensor._version != version:  # noqa: SLF001
+            if version is not None and tensor._version != version:
                 raise TapeError("the batch of the step was overwritten in place after the step")
         program = self.program
         constants = [t.clone() if k in program.overwritten else t for k, t in enumerate(self.constants)]
         slots: list[Any] = [None] * program.size
         slots[: program.parameters] = values[: program.parameters]
         states = iter(self.states)
-        with _own_generator(values), sdpa_kernel(SDPBackend.MATH):
+        with _own_generator(values), sdpa_kernel(SDPBackend.MATH), _Surroundings() as surroundings:
             for call, released in zip(program.instructions, program.released, strict=True):
+                surroundings.enter(call)
                 _run(call, slots, constants, next(states) if call.random else None, observe)
                 for index in released:
                     slots[index] = None
-        return (
-            torch.stack([slots[root] for root in program.roots]).sum()
-            if len(program.roots) > 1
-            else slots[program.roots[0]]
-        )
+        loss, *others = (slots[root].reshape(()) for root in program.roots)
+        for other in others:
+            loss = loss + other
+        return loss
 
     @property
     def bytes(self) -> int:
@@ -141,27 +141,76 @@ def _run(
     if state is not None:
         device = tensors((args, kwargs))[0].device
         torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
-    with _context(call):
-        result = call.function(*args, **kwargs)
+    try:
+        result = _SMOOTH.get(call.name, call.function)(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise TapeError(f"with these weights {call.name}() fails: {error}") from error
     if observe is not None:
         observe(call, args, result)
     if call.expects is not None and result != call.expects:
         raise TapeError(f"with these weights the script would take another path ({call.name}() gives another answer)")
-    if call.written is not None:
-        slots[call.written] = args[0]
-    for index, tensor in zip(call.outputs, tensors(result), strict=False):
-        slots[index] = tensor
+    if call.outputs:
+        made = tensors(result)
+        if len(made) != len(call.outputs):
+            raise TapeError(f"with these weights {call.name}() returns {len(made)} tensors, not {len(call.outputs)}")
+        for index, tensor in zip(call.outputs, made, strict=True):
+            slots[index] = tensor
 
 
-def _context(call: Instruction) -> contextlib.AbstractContextManager[Any]:
-    if call.autocast is None and call.grad:
-        return contextlib.nullcontext()
-    stack = contextlib.ExitStack()
-    if not call.grad:
-        stack.enter_context(torch.no_grad())
-    if call.autocast is not None:
-        stack.enter_context(torch.autocast(call.autocast[0], dtype=call.autocast[1]))
-    return stack
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+_SMOOTH: dict[str, Callable[..., Any]] = {"_weight_norm": _weight_norm}  # torch's own has wrong second derivatives
+
+
+class _Surroundings:
+    """Gradient mode and automatic casts as they were around each call, whatever they are around the replay.
+
+    The casts of one part of the step stay cached together, as under the script's own `with torch.autocast`: a weight
+    that is used twice then gathers its gradient in the same precision.
+    """
+
+    def __init__(self) -> None:
+        self._outer = contextlib.ExitStack()
+        self._inner = contextlib.ExitStack()
+        self._part: int | None = None
+        self._now: tuple[Any, ...] = (True, None)
+        self._held: set[str] = set()
+
+    def __enter__(self) -> "_Surroundings":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._inner.close()
+        self._outer.close()
+
+    def enter(self, call: Instruction) -> None:
+        """Switches to what was on around `call`."""
+        if call.part != self._part:
+            self._inner.close()
+            self._outer.close()
+            self._part, self._now, self._held = call.part, (True, None), set()
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):  # around the replay, not around the step
+                    self._hold(device)
+        if self._now == (call.grad, call.autocast):
+            return
+        self._inner.close()
+        self._now = (call.grad, call.autocast)
+        if call.autocast is not None and call.autocast[0] not in self._held:
+            self._hold(call.autocast[0])
+        if not call.grad:
+            self._inner.enter_context(torch.no_grad())
+        if call.autocast is not None:
+            device, dtype, cached = call.autocast
+            self._inner.enter_context(torch.autocast(device, dtype=dtype, cache_enabled=cached))
+
+    def _hold(self, device: str) -> None:
+        self._outer.enter_context(torch.autocast(device, enabled=False))  # the cache lives as long as the outermost
+        self._held.add(device)
 
 
 def fill(x: Any, slots: Sequence[Any], constants: Sequence[Tensor]) -> Any:
@@ -196,7 +245,7 @@ def tensors(x: Any) -> list[Tensor]:
 
 def leaves(x: Any) -> Iterator[Any]:
     """What stands at the leaves of an encoded argument."""
-    if isinstance(x, (tuple, list)) and type(x) not in (Slot, Constant):
+    if type(x) in (tuple, list, Slice):
         for y in x:
             yield from leaves(y)
     else:
@@ -204,14 +253,12 @@ def leaves(x: Any) -> Iterator[Any]:
 
 
 def map_leaves(f: Callable[[Any], Any], x: Any) -> Any:
-    """An encoded argument with `f` applied to its slots and constants."""
+    """An encoded argument with `f` applied to its leaves."""
     kind = type(x)
-    if kind in (Slot, Constant):
-        return f(x)
     if kind is Slice:
         return Slice(*(map_leaves(f, y) for y in x))
     if kind is tuple:
-        return tuple(map_leaves(f, y) for y in x)
+        return tuple([map_leaves(f, y) for y in x])
     if kind is list:
         return [map_leaves(f, y) for y in x]
-    return x
+    return f(x)

@@ -1,85 +1,64 @@
 """Records one training step of somebody else's loop as a tape.
 
 A `Recorder` is a torch function mode that is on between two optimiser steps. It notes every call that takes part in
-carrying the parameters to the loss. What the parameters do not touch is kept as a constant; activations are not kept at
-all. `Recorder.finish` compiles the tape: calls that do not lead to the loss are dropped and constants are copied.
+carrying the parameters to the loss, with or without gradients. What the parameters do not touch is kept as a constant;
+activations are not kept at all. `Recorder.finish` compiles the tape: calls that do not lead to the loss are dropped and
+constants are copied.
 
 Whatever autograd sees and the recorder did not (a custom autograd function, a compiled region) shows as a tensor with a
-`grad_fn` that no instruction made. Such a tape is refused with a reason.
+`grad_fn` that no call made. Such a tape is refused with a reason. Nothing is ever raised into the script.
 """
 
-import sys
+import functools
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from unstuck.objective._program import (
-    Constant,
-    Instruction,
-    Program,
-    Slice,
-    Slot,
-    Tape,
-    TapeError,
-    generator_state,
-    map_leaves,
-    tensors,
+from unstuck.objective._calls import (
+    CUTS,
+    METADATA,
+    PROPERTIES,
+    SHAPES,
+    STATISTICS,
+    autocast,
+    caller,
+    elastic,
+    is_flag,
+    label,
+    may_draw,
+    unseen,
+    writes,
 )
-
-COPY_LIMIT = 32 << 20  # bytes; a larger constant is kept by reference and its version watched
-_ACTIVATION = 1 << 40  # the first slot of a value that is no parameter, until `finish` renumbers them
-
-_PROPERTIES = frozenset(  # read all the time, and never part of the path to the loss
-    "shape dtype device grad requires_grad is_leaf grad_fn ndim _version layout is_cuda is_sparse is_quantized is_meta "
-    "names is_nested itemsize nbytes output_nr is_mps is_xla _backward_hooks _base is_mkldnn retains_grad".split()
+from unstuck.objective._graph import (
+    COPY_LIMIT,
+    LOST,
+    Call,
+    Made,
+    Taken,
+    Vault,
+    ancestors,
+    compact_bytes,
+    compile_tape,
+    copied,
+    quoted,
+    steering,
+    version_of,
 )
-_RANDOM = frozenset(  # draw from the global generator
-    "dropout dropout1d dropout2d dropout3d dropout_ alpha_dropout alpha_dropout_ feature_alpha_dropout feature_dropout "
-    "feature_dropout_ native_dropout rrelu rrelu_ scaled_dot_product_attention multi_head_attention_forward gru lstm "
-    "rnn_tanh rnn_relu gumbel_softmax bernoulli bernoulli_ multinomial normal normal_ uniform_ random_ exponential_ "
-    "rand_like randn_like randint_like poisson fractional_max_pool2d fractional_max_pool3d log_normal_ cauchy_ "
-    "geometric_".split()
-)
-_READS = frozenset(
-    "item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ equal allclose".split()
-)
-_CUTS = frozenset("detach detach_ data numpy __array__ tolist item".split())
-_STATISTICS = frozenset(("batch_norm", "instance_norm"))  # write into two of their arguments, unseen by versions
-_OPERATORS = frozenset(f"__i{name}__" for name in "add sub mul truediv div mod pow and or xor floordiv".split())
+from unstuck.objective._program import Program, Slice, Slot, Tape, TapeError, generator_state, tensors
 
+__all__ = ["Recorder", "Vault", "caller"]
 
-class Vault:
-    """Copies of constants, one for each tensor and version: a data set that every step uses is copied once."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
-
-    def copy(self, tensor: Tensor) -> tuple[Tensor, int | None]:
-        """A copy that nobody writes into; a large tensor itself, with the version to watch."""
-        version = tensor._version  # noqa: SLF001
-        if tensor.numel() * tensor.element_size() > COPY_LIMIT:
-            return tensor.detach(), version
-        key = id(tensor)
-        known = self._kept.get(key)
-        if known is not None and known[0]() is tensor and known[1] == version:
-            return known[2], None
-        kept = tensor.detach().clone()
-        self._kept[key] = (weakref.ref(tensor, lambda _: self._kept.pop(key, None)), version, kept)
-        return kept, None
-
-
-@dataclass(eq=False)
-class _Taken:
-    """A constant as it was when a call took it."""
-
-    tensor: Tensor
-    version: int
-    before: Tensor | None = None  # its contents before a call that writes into it
+_PLAIN = (bool, int, float, complex, str, range, type(None), type(...), torch.dtype, torch.device, torch.layout)
+_LITERALS = frozenset((*_PLAIN, torch.memory_format))
 
 
 class Recorder(TorchFunctionMode):
@@ -94,53 +73,62 @@ class Recorder(TorchFunctionMode):
         self.leaves = leaves
         self.cuts: list[tuple[str, str]] = []
         self.used: set[int] = set()  # slots of the parameters that some call took
-        self._slots: dict[int, int] = {id(p): k for k, p in enumerate(leaves)}
-        self._alive: dict[int, weakref.ref[Tensor]] = {}
-        self._next = _ACTIVATION
-        self._epoch: dict[int, int] = {}  # how many backward() calls had been seen when a value was made
-        self._taken: list[_Taken] = []
-        self._constants: dict[int, int] = {}
-        self._calls: list[Instruction] = []
-        self._states: dict[int, Tensor] = {}  # by the index of the call
-        self._reads: list[tuple[int, str]] = []
-        self._versions: dict[int, int] = {}  # of the parameters, when they were first used
-        self._roots: list[tuple[int, Tensor]] = []
+        self._known: dict[int, Slot | Made] = {id(p): Slot(k) for k, p in enumerate(leaves)}  # live tensors by id
+        self._alive: dict[int, weakref.ref[Tensor]] = {}  # these take dead tensors out of `_known`
+        self._held: dict[int, list[weakref.ref[Taken]]] = {}  # constants by their memory
+        self._written: dict[int, tuple[StorageWeakRef, Call, Taken | None]] = {}  # memory, its last write, its copy
+        self._crowded = 16  # how many written memories are looked through for dead ones
+        self._changes: Counter[int] = Counter()  # writes into parameters, by slot
+        self._owners: dict[int, list[int]] = {}  # slots of parameters by their memory
+        self._reads: list[Call] = []
+        self._numbers: list[float] = []  # what was read back
+        self._roots: list[Call] = []
+        self._losses: list[Tensor] = []
+        self._count = 0
+        self._elastic = False  # whether there are shapes that depend on the parameters
         self._refusal: str | None = None
         self._off = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "__get__":
-            name = getattr(getattr(func, "__self__", None), "__name__", name)
-            if name in _PROPERTIES:
-                return func(*args, **kwargs)
-        if self._off or self._refusal is not None:
+        name, attribute = label(func)
+        if attribute in PROPERTIES or name in METADATA:
+            if self._elastic and (attribute or name) in SHAPES:
+                return self._look(func, attribute or name, args, kwargs)
+            return func(*args, **kwargs)
+        if self._off:
             return func(*args, **kwargs)
         if name == "backward":
             return self._backward(func, args, kwargs)
         given = tensors(args) + (tensors(kwargs) if kwargs else [])
-        if True not in [self._depends(t) for t in given]:  # every one is asked: it may be a parameter not known yet
+        if not given:
             return func(*args, **kwargs)
-        if name in _CUTS:
-            self.cuts.append((name, caller()))
-        writes = _writes(name, kwargs)
-        if not torch.is_grad_enabled() and not (writes and self._is_activation(args[0])):
-            return func(*args, **kwargs)  # made without gradients: a constant, should the loss use it
-        if name in _READS:
-            return self._read(func, name, args, kwargs)
-        return self._record(func, name, args, kwargs)
+        try:
+            touched = self._touched(given)
+            if attribute:
+                name = f"set_{attribute}_" if name == "__set__" else attribute
+            if writes(name, kwargs):
+                self._preserve(name, args, given, touched=touched)
+        except Exception as error:
+            touched = self._failed(name, error)
+        if not touched or self._refusal is not None:
+            return func(*args, **kwargs)
+        return self._record(func, name, args, kwargs, given)
 
     def root(self, roots: Sequence[Tensor]) -> None:
         """Notes what backward() is called on."""
         for tensor in roots:
-            slot = self._slots.get(id(tensor))
-            if slot is None:
-                self._refuse(_unseen(tensor))
+            if self._refusal is not None:
+                return
+            call = self._open("backward", None)
+            call.args = (self._leaf(tensor, call),)
+            if type(call.args[0]) is Taken:
+                self._refuse(call.refusal or "backward() was called on a tensor that no recorded call made")
             elif tensor.numel() != 1:
                 self._refuse("backward() was called on a tensor that is not a scalar")
             else:
-                self._roots.append((slot, tensor.detach()))
+                self._roots.append(call)
+                self._losses.append(tensor.detach().clone().reshape(()))
 
     def finish(self, vault: Vault, *, step: int = 0, like: Program | None = None) -> Tape:
         """The compiled tape; TapeError says why there is none. `like` is a program to share where it is the same."""
@@ -148,230 +136,264 @@ class Recorder(TorchFunctionMode):
             raise TapeError(self._refusal)
         if not self._roots:
             raise TapeError("no backward() was seen in the step")
-        for index, version in self._versions.items():
-            if self.leaves[index]._version != version:  # noqa: SLF001
-                raise TapeError("a parameter was changed in place during the step, outside the optimiser")
-        kept = self._needed()
-        if any(self._calls[k].name == "grad" for k in kept):
+        kept = steering(self._reads, self._roots, ancestors(self._roots))
+        calls = sorted(kept - set(self._roots), key=lambda call: call.index)
+        for call in (*calls, *self._roots):
+            self._check(call)
+        number = quoted(self._numbers, calls)
+        if number is not None:
+            raise TapeError(f"a number that was read back ({number:.6g}) goes into a later call")
+        tape = compile_tape(calls, self._roots, self._losses, len(self.leaves), vault)
+        return replace(tape, step=step, program=like if like is not None and like == tape.program else tape.program)
+
+    def _check(self, call: Call) -> None:
+        if call.refusal is not None:
+            raise TapeError(call.refusal)
+        if call.name == "grad":
             raise TapeError("the loss contains a derivative (torch.autograd.grad)")
-        for count, name in self._reads:
-            if kept and count <= kept[-1]:
-                raise TapeError(f"the forward pass reads a number back ({name}()), which may steer what follows")
-        return self._compile(kept, vault, step, like)
+        for slot, version, changes in call.parameters:
+            if (version, changes) != (version_of(self.leaves[slot]), self._changes[slot]):
+                raise TapeError("a parameter was changed in place during the step, outside the optimiser")
 
     def _refuse(self, reason: str) -> None:
-        self._refusal = self._refusal or reason
+        if self._refusal is None:
+            self._refusal = reason
+            self._known = {key: leaf for key, leaf in self._known.items() if type(leaf) is Slot}  # for `used`
+            for kept in (self._alive, self._held, self._written, self._reads, self._roots, self._losses):
+                kept.clear()
+
+    def _failed(self, name: str, error: Exception) -> bool:
+        """An error of ours costs the tape, never the script's step."""
+        self._refuse(f"{name}() could not be recorded: {type(error).__name__}: {error}")
+        return False
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+        weights = tensors([*args[1:2], kwargs.get("gradient"), kwargs.get("grad_tensors")])
+        if not all(bool((w == 1).all()) for w in weights) or kwargs.get("inputs") or any(args[4:]):
+            self._refuse("backward() was given weights or chosen inputs")
         self._off = True  # hooks and recomputation inside backward are not part of the forward
         try:
             return func(*args, **kwargs)
         finally:
             self._off = False
 
-    def _depends(self, tensor: Tensor) -> bool:
-        slot = self._slots.get(id(tensor))
-        if slot is None and tensor.requires_grad and tensor.is_leaf and isinstance(tensor, torch.nn.Parameter):
-            slot = self._slots[id(tensor)] = len(self.leaves)
-            self.leaves.append(tensor)
-        if slot is not None and slot < _ACTIVATION:
-            self.used.add(slot)
-        return slot is not None
+    # What a call is given
 
-    def _is_activation(self, x: Any) -> bool:
-        return self._slots.get(id(x), -1) >= _ACTIVATION
+    def _touched(self, given: Sequence[Tensor]) -> bool:
+        """Whether a call depends on the parameters; it may show one that was not known yet."""
+        found = False
+        for tensor in given:
+            leaf = self._known.get(id(tensor))
+            if leaf is None and tensor.requires_grad:
+                found = True
+                if tensor.is_leaf and isinstance(tensor, torch.nn.Parameter):
+                    leaf = self._known[id(tensor)] = Slot(len(self.leaves))
+                    self.leaves.append(tensor)
+            if leaf is None and self._written:
+                leaf = self._alias(tensor)
+            if type(leaf) is Slot:
+                self.used.add(leaf.at)
+            found = found or leaf is not None
+        return found
 
-    def _read(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        result = func(*args, **kwargs)
-        newest = max((self._epoch.get(self._slots.get(id(t), -1), len(self._roots)) for t in tensors(args)), default=0)
-        if newest < len(self._roots):
-            return result  # looks back at a step whose backward() has run: a number for the log
-        if isinstance(result, (bool, int)):
-            args, kwargs = self._encode(args), self._encode_named(kwargs)
-            self._calls.append(Instruction(func, name, args, kwargs, expects=result))
-        else:
-            self._reads.append((len(self._calls), name))
-        return result
+    def _alias(self, tensor: Tensor) -> Made | None:
+        """A tensor whose memory a call wrote into, as a view of the copy of that memory."""
+        _, last, base = self._written.get(_memory(tensor), (None, None, None))
+        return None if last is None else self._view(tensor, base, [last])
 
-    def _record(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        call = Instruction(
-            func,
-            name,
-            self._encode(args),
-            self._encode_named(kwargs),
-            random=name in _RANDOM,
-            grad=torch.is_grad_enabled(),
-            autocast=_autocast(),
-        )
-        if "out" in kwargs:
-            self._refuse(f"{name} writes through out=")
-        if self._refusal is not None:
-            return func(*args, **kwargs)
-        if _writes(name, kwargs) or name in _STATISTICS:
-            self._keep_before(name, args, kwargs)
-        state = generator_state(tensors((args, kwargs))[0].device) if call.random else None
-        result = func(*args, **kwargs)
-        made = tensors(result)
-        if made and made[0] is not (args[0] if args else None):
-            epoch = self._epoch_of(args, kwargs)
-            call = replace(call, outputs=tuple(self._new_slot(t, epoch) for t in made))
-        elif made or name == "__setitem__":
-            if self._slots.get(id(args[0]), _ACTIVATION) < _ACTIVATION and _writes(name, kwargs):
-                self._refuse(f"{name} writes into a parameter during the step")
-            call = replace(call, written=self._new_slot(args[0], len(self._roots)))
-        else:
-            return result
-        if state is not None:
-            self._states[len(self._calls)] = state
-        self._calls.append(call)
-        return result
+    def _view(self, tensor: Tensor, base: Taken | None, needs: list[Call]) -> Made:
+        call = self._open("as_strided", torch.as_strided)
+        call.grad, call.autocast, call.needs, call.versions = True, None, needs, (version_of(tensor),)
+        call.args = (base, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+        call.epoch = max((need.epoch for need in needs), default=call.part)
+        if base is None or base.before is None or base.before.dtype != tensor.dtype:
+            call.refusal = "a value inside the step is seen through another tensor"
+        return self._register(tensor, Made(call, 0))
 
-    def _epoch_of(self, args: Any, kwargs: Any) -> int:
-        known = [self._epoch.get(self._slots.get(id(t), -1)) for t in tensors(args) + tensors(kwargs)]
-        return max((e for e in known if e is not None), default=len(self._roots))
+    def _preserve(self, name: str, args: Any, given: Sequence[Tensor], *, touched: bool) -> None:
+        """Copies the constants that a call is about to write into, and opens their memory where it then depends."""
+        first = tensors(args[0]) if args and name not in STATISTICS else given
+        for tensor in first:
+            key = _memory(tensor)
+            if not key or id(tensor) in self._known:
+                continue
+            for taken in (ref() for ref in self._held.pop(key, ())):
+                if taken is not None and taken.before is None:
+                    small = compact_bytes(taken.tensor) <= COPY_LIMIT
+                    taken.before, taken.version = (copied(taken.tensor), 0) if small else (None, LOST)
+            if touched and not tensor.requires_grad:
+                whole = (tensor.untyped_storage().nbytes() // tensor.element_size(),)
+                if (
+                    whole[0] * tensor.element_size() <= COPY_LIMIT
+                ):  # a larger one stays a constant, and its version tells
+                    base = Taken(tensor, LOST, copied(tensor.detach().as_strided(whole, (1,), 0)), overwritten=True)
+                    made = self._view(tensor, base, [])
+                    self._written[key] = (StorageWeakRef(tensor.untyped_storage()), made.call, base)
 
-    def _new_slot(self, tensor: Tensor, epoch: int) -> int:
-        key, slot = id(tensor), self._next
-        self._next += 1
-        self._slots[key] = slot
-        self._epoch[slot] = epoch
-        if key not in self._alive:  # an id is free again once its tensor is gone: the weak reference forgets it in time
-            self._alive[key] = weakref.ref(tensor, lambda _: self._forget(key))
-        return slot
+    def _leaf(self, tensor: Tensor, call: Call) -> Slot | Made | Taken:
+        leaf = self._known.get(id(tensor))
+        if leaf is None:
+            return self._constant(tensor, call)
+        if isinstance(leaf, Slot):
+            call.parameters.append((leaf.at, version_of(tensor), self._changes[leaf.at]))
+            call.epoch = call.part
+            return leaf
+        last = self._written.get(_memory(tensor)) if self._written else None
+        sources = [leaf.call] if last is None else [leaf.call, last[1]]
+        call.needs += sources
+        call.epoch = max(call.epoch, *(source.epoch for source in sources))
+        call.elastic = call.elastic or leaf.call.elastic
+        if last is None and leaf.call.versions[leaf.at] != version_of(tensor):
+            call.refusal = "a value inside the step was overwritten out of sight"
+        if not all(source.grad for source in sources) and isinstance(tensor.grad_fn, BackwardCFunction):
+            call.refusal = unseen(tensor)
+        return leaf
 
-    def _forget(self, key: int) -> None:
-        self._slots.pop(key, None)
-        self._alive.pop(key, None)
+    def _constant(self, tensor: Tensor, call: Call) -> Taken:
+        if tensor.grad_fn is not None:
+            call.refusal = unseen(tensor)
+        if any(tensor is p.grad for p in self.leaves):
+            call.refusal = "the loss uses the stored gradient of a parameter"
+        version, key = version_of(tensor), _memory(tensor)
+        held = [ref for ref in self._held.get(key, ()) if ref() is not None]
+        for taken in (ref() for ref in held):
+            if taken is not None and taken.tensor is tensor and taken.version == version:
+                return taken
+        taken = Taken(tensor, version)
+        self._held[key] = [*held, weakref.ref(taken)]
+        return taken
 
-    def _encode_named(self, kwargs: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
-        return tuple((k, self._encode(v)) for k, v in kwargs.items())
-
-    def _encode(self, x: Any) -> Any:
+    def _encode(self, x: Any, call: Call) -> Any:
+        kind = type(x)
+        if kind in _LITERALS:
+            return x
         if isinstance(x, Tensor):
-            slot = self._slots.get(id(x))
-            if slot is None:
-                return self._constant(x)
-            if slot < _ACTIVATION:
-                self._versions.setdefault(slot, x._version)  # noqa: SLF001
-            return Slot(slot)
+            return self._leaf(x, call)
         if isinstance(x, (tuple, list)):
-            encoded = [self._encode(y) for y in x]
-            return encoded if type(x) is list else tuple(encoded)
+            encoded = [self._encode(y, call) for y in x]
+            return encoded if isinstance(x, list) else tuple(encoded)
         if isinstance(x, slice):
-            return Slice(self._encode(x.start), self._encode(x.stop), self._encode(x.step))
+            return Slice(*(self._encode(y, call) for y in (x.start, x.stop, x.step)))
+        if isinstance(x, np.generic):
+            return x.item()
+        if isinstance(x, np.ndarray) and call.name in ("__getitem__", "__setitem__"):
+            copy = torch.from_numpy(x.copy())
+            return Taken(copy, version_of(copy))
         if isinstance(x, torch.Generator):
-            self._refuse("the step draws from a generator of the script's own")
-        if isinstance(x, dict) and tensors(x):
-            self._refuse("a call takes a dictionary of tensors")
-        return x
+            call.refusal = "the step draws from a generator of the script's own"
+        else:
+            call.refusal = f"{call.name}() takes an argument that a tape cannot keep, of type {kind.__name__}"
+        return None
 
-    def _constant(self, x: Tensor) -> Constant:
-        if x.grad_fn is not None:
-            self._refuse(_unseen(x))
-        index, version = self._constants.get(id(x)), x._version  # noqa: SLF001
-        if index is None or self._taken[index].version != version:
-            index = self._constants[id(x)] = len(self._taken)
-            self._taken.append(_Taken(x, version))
-        return Constant(index)
+    # What a call does
 
-    def _keep_before(self, name: str, args: Any, kwargs: Any) -> None:
-        """Copies the constants that a call is about to write into."""
-        into = (*args[1:3], *kwargs.values()) if name in _STATISTICS else args[:1]
-        for t in tensors(into):
-            index = self._constants.get(id(t))
-            if index is not None and self._taken[index].before is None:
-                self._taken[index].before = t.detach().clone()
+    def _open(self, name: str, func: Any) -> Call:
+        self._count += 1
+        part = len(self._roots)
+        return Call(self._count, func, name, torch.is_grad_enabled(), autocast(), part)
 
-    def _needed(self) -> list[int]:
-        """The calls that lead to a root, that write into a value on the way, or that read a flag before the end."""
-        wanted = {slot for slot, _ in self._roots}
-        kept: list[int] = []
-        for k in range(len(self._calls) - 1, -1, -1):
-            call = self._calls[k]
-            writes = call.written is not None and any(
-                s >= _ACTIVATION for s in replace(call, args=call.args[:1]).slots()
-            )
-            if writes or not wanted.isdisjoint(call.made()) or (kept and call.expects is not None):
-                kept.append(k)
-                wanted.update(call.slots())
-        return kept[::-1]
+    def _record(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
+        call = self._open(name, func)
+        versions, state = [], None
+        try:
+            if name in CUTS:
+                self.cuts.append((name, caller()))
+            call.args = tuple([self._encode(x, call) for x in args])
+            call.kwargs = tuple([(k, self._encode(v, call)) for k, v in kwargs.items()])
+            if call.refusal is None and "out" in kwargs:
+                call.refusal = f"{name}() writes through out="
+            if elastic(name, args):
+                call.elastic = self._elastic = True
+            versions = [version_of(t) for t in given]
+            state = generator_state(given[0].device) if may_draw(func, name) else None
+        except Exception as error:
+            self._failed(name, error)
+        result = func(*args, **kwargs)
+        if self._refusal is None:
+            try:
+                if state is not None and not torch.equal(state, generator_state(given[0].device)):
+                    call.state = state
+                self._close(call, args, given, versions, result)
+            except Exception as error:
+                self._failed(name, error)
+        return result
 
-    def _compile(self, kept: Sequence[int], vault: Vault, step: int, like: Program | None) -> Tape:
-        slots = {k: k for k in range(len(self.leaves))}
-        constants: dict[int, int] = {}
+    def _close(self, call: Call, args: Any, given: list[Tensor], versions: list[int], result: Any) -> None:
+        """Notes what a call made and wrote."""
+        made = tensors(result)
+        call.versions = tuple([version_of(t) for t in made])
+        for k, tensor in enumerate(made):
+            if type(self._known.get(id(tensor))) is not Slot:
+                self._register(tensor, Made(call, k))
+        written = [t for t, version in zip(given, versions, strict=True) if version_of(t) != version]
+        if call.name in STATISTICS:
+            written += [t for t in given[1:] if not t.requires_grad]
+        if call.name == "set_data_":
+            written.append(args[0])
+        for tensor in written:
+            self._note_write(call, tensor)
+        if call.name == "register_hook" and type(self._known.get(id(args[0]))) is Made:
+            self._refuse("a hook on a value inside the step may change its gradient")
+        elif not made and not written and result is not None:
+            self._note_read(call, result)
 
-        def renumber(x: Slot | Constant) -> Slot | Constant:
-            if type(x) is Slot:
-                return Slot(slots.setdefault(x.at, len(slots)))
-            return Constant(constants.setdefault(x.at, len(constants)))
+    def _register(self, tensor: Tensor, made: Made) -> Made:
+        key = id(tensor)
+        if key not in self._known:  # a dead tensor leaves at once, before its id can be given to another
+            self._alive[key] = weakref.ref(tensor, functools.partial(self._known.pop, key))
+        self._known[key] = made
+        return made
 
-        def renumbered(call: Instruction) -> Instruction:
-            args, kwargs = map_leaves(renumber, call.args), map_leaves(renumber, call.kwargs)
-            outputs = tuple(renumber(Slot(s)).at for s in call.outputs)
-            written = None if call.written is None else renumber(Slot(call.written)).at
-            return replace(call, args=args, kwargs=kwargs, outputs=outputs, written=written)
+    def _note_write(self, call: Call, tensor: Tensor) -> None:
+        key = _memory(tensor)
+        slots = self._parameters_at(key)
+        if call.name == "set_data_" and type(leaf := self._known.get(id(tensor))) is Slot:
+            slots = [leaf.at]
+        if slots:
+            call.refusal = f"{call.name}() writes into a parameter during the step"
+            self._changes.update(slots)
+            return
+        if len(call.args) and isinstance(call.args[0], list):
+            call.refusal = f"{call.name}() writes into a list of tensors"
+        if call.name == "set_data_":
+            call.refusal = "the memory of a tensor was exchanged (.data = ...)"
+        if len(self._written) >= self._crowded:
+            self._written = {k: entry for k, entry in self._written.items() if not entry[0].expired()}
+            self._crowded = max(16, 2 * len(self._written))
+        base = self._written.get(key, (None, None, None))[2]
+        self._written[key] = (StorageWeakRef(tensor.untyped_storage()), call, base)
 
-        calls = tuple(renumbered(self._calls[k]) for k in kept)
-        roots = tuple(slots[slot] for slot, _ in self._roots)
-        overwritten = frozenset(new for old, new in constants.items() if self._taken[old].before is not None)
-        program = Program(
-            calls, len(self.leaves), len(slots), roots, overwritten, _released(calls, roots, len(self.leaves))
-        )
-        copies = [self._copy(self._taken[old], vault) for old in constants]
-        return Tape(
-            program=like if like is not None and like == program else program,
-            constants=tuple(tensor for tensor, _ in copies),
-            versions=tuple(version for _, version in copies),
-            states=tuple(self._states[k] for k in kept if k in self._states),
-            loss=float(sum(tensor for _, tensor in self._roots)),
-            step=step,
-        )
+    def _parameters_at(self, key: int) -> list[int]:
+        if sum(map(len, self._owners.values())) != len(self.leaves):
+            self._owners = {}
+            for slot, parameter in enumerate(self.leaves):
+                self._owners.setdefault(_memory(parameter), []).append(slot)
+        return self._owners.get(key, [])
 
-    def _copy(self, taken: _Taken, vault: Vault) -> tuple[Tensor, int | None]:
-        if taken.before is not None:
-            return taken.before, None
-        if taken.tensor._version != taken.version:  # noqa: SLF001
-            raise TapeError("an input of the step was overwritten in place before the step ended")
-        if any(taken.tensor is p.grad for p in self.leaves):
-            raise TapeError("the loss uses the stored gradient of a parameter")
-        return vault.copy(taken.tensor)
+    def _note_read(self, call: Call, result: Any) -> None:
+        """Notes a number that the script took out of the step."""
+        if is_flag(result):
+            call.expects = tuple(result) if isinstance(result, torch.Size) else result
+        elif isinstance(result, float):
+            self._numbers.append(result)
+        elif not isinstance(result, (list, complex, np.ndarray)):
+            return
+        if not call.grad and not any(type(leaf) is Made and leaf.call.grad for leaf in self._known.values()):
+            return  # an evaluation before the forward pass begins
+        if call.expects is None:
+            call.args, call.needs = (), []
+        self._reads.append(call)
 
-
-def _released(calls: Sequence[Instruction], roots: Sequence[int], parameters: int) -> tuple[tuple[int, ...], ...]:
-    last: dict[int, int] = {}
-    for k, call in enumerate(calls):
-        last.update(dict.fromkeys((*call.slots(), *call.made()), k))
-    released: list[list[int]] = [[] for _ in calls]
-    for slot, k in last.items():
-        if slot >= parameters and slot not in roots:
-            released[k].append(slot)
-    return tuple(tuple(slots) for slots in released)
-
-
-def _writes(name: str, kwargs: Mapping[str, Any]) -> bool:
-    if name.startswith("__"):
-        return name == "__setitem__" or name in _OPERATORS
-    return (name.endswith("_") and name != "requires_grad_") or bool(kwargs.get("inplace"))
-
-
-def _autocast() -> tuple[str, torch.dtype] | None:
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            return device, torch.get_autocast_dtype(device)
-    return None
+    def _look(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """A shape that is read."""
+        leaf = self._known.get(id(args[0]))
+        if self._off or type(leaf) is not Made or not leaf.call.elastic:
+            return func(*args, **kwargs)
+        return self._record(func, name, args, kwargs, [args[0]])
 
 
-def _unseen(tensor: Tensor) -> str:
-    maker = "a call outside the recorded step" if tensor.grad_fn is None else type(tensor.grad_fn).__name__
-    return f"part of the loss was made out of sight, by {maker}: a custom autograd function or a compiled region"
-
-
-def caller() -> str:
-    """The source line outside torch and this package that made the current call, as file:line."""
-    frame = sys._getframe(1)  # noqa: SLF001
-    while frame is not None:
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        if package not in ("torch", "unstuck", "contextlib"):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
+def _memory(tensor: Tensor) -> int:
+    """What stands for the memory that a tensor lies in; 0 where it has none of its own."""
+    if tensor.layout is not torch.strided:
+        return 0
+    return tensor.untyped_storage()._cdata  # noqa: SLF001

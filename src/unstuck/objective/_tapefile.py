@@ -9,11 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import _VF
 from torch.overrides import get_overridable_functions, resolve_name
 
 from unstuck.objective._program import Constant, Instruction, Program, Slice, Slot, Tape, TapeError
 
 _MARK = "#"  # opens an encoded value that JSON-like types cannot carry
+_UNDERSCORED = (  # internal functions that torch.nn and torch.distributions call in sight
+    "_weight_norm _pack_padded_sequence _pad_packed_sequence _is_all_true _is_any_true _standard_gamma "
+    "_sample_dirichlet _safe_softmax _euclidean_dist _foreach_norm _foreach_mul _foreach_add _foreach_pow"
+).split()
 
 
 def pack(tapes: Sequence[Tape]) -> dict[str, Any]:
@@ -27,7 +32,9 @@ def pack(tapes: Sequence[Tape]) -> dict[str, Any]:
     steps = [
         {
             "program": programs[id(t.program)],
-            "constants": list(t.constants),
+            "constants": [
+                c if version is None else c.clone() for c, version in zip(t.constants, t.versions, strict=True)
+            ],
             "states": list(t.states),
             "loss": t.loss,
             "step": t.step,
@@ -76,17 +83,16 @@ def _unpack_program(data: Mapping[str, Any]) -> Program:
 
 
 def _pack_call(call: Instruction) -> list[Any]:
-    dotted = resolve_name(call.function)
-    if dotted is None or _functions().get(dotted) is None:
+    dotted = _names().get(call.function)
+    if dotted is None:
         raise TapeError(f"the call {call.name}() has no public name in torch: the tape cannot be written to disk")
-    autocast = None if call.autocast is None else [call.autocast[0], _encode(call.autocast[1])]
     kwargs = [[k, _encode(v)] for k, v in call.kwargs]
-    flags = [call.written, call.random, call.grad, autocast, call.expects]
+    flags = [call.random, call.grad, _encode(call.autocast), call.part, _encode(call.expects)]
     return [dotted, call.name, _encode(call.args), kwargs, list(call.outputs), flags]
 
 
 def _unpack_call(data: Sequence[Any]) -> Instruction:
-    dotted, name, args, kwargs, outputs, (written, random, grad, autocast, expects) = data
+    dotted, name, args, kwargs, outputs, (random, grad, autocast, part, expects) = data
     function = _functions().get(dotted)
     if function is None:
         raise TapeError(f"the tape calls {dotted}, which this torch does not have")
@@ -96,28 +102,40 @@ def _unpack_call(data: Sequence[Any]) -> Instruction:
         args=_decode(args),
         kwargs=tuple((k, _decode(v)) for k, v in kwargs),
         outputs=tuple(outputs),
-        written=written,
         random=random,
         grad=grad,
-        autocast=None if autocast is None else (autocast[0], _decode(autocast[1])),
-        expects=expects,
+        autocast=_decode(autocast),
+        part=part,
+        expects=_decode(expects),
     )
 
 
 @functools.cache
 def _functions() -> dict[str, Callable[..., Any]]:
+    """The functions that a file may name: those that torch lets a mode see, except what reads memory or files."""
     functions = [f for group in get_overridable_functions().values() for f in group]
-    return {name: f for f in functions if (name := resolve_name(f)) is not None}
+    known = {name: f for f in functions if (name := resolve_name(f)) is not None}
+    builtins = vars(_VF)["vf"]
+    names = [n for n in dir(builtins) if not n.startswith(("_", "from", "empty"))]
+    more = {f"torch.{n}": getattr(builtins, n) for n in (*names, *_UNDERSCORED)}
+    return more | known
+
+
+@functools.cache
+def _names() -> dict[Callable[..., Any], str]:
+    return {f: name for name, f in _functions().items()}
 
 
 def _encode(x: Any) -> Any:
-    if x is None or isinstance(x, (bool, int, float, str)):
+    if x is None or isinstance(x, (bool, int, float, complex, str)):
         return x
     if type(x) is list:
         return [_encode(y) for y in x]
     for kind, tag in ((Slot, "slot"), (Constant, "constant"), (Slice, "slice"), (tuple, "tuple")):
         if isinstance(x, kind):
             return [_MARK, tag, *(_encode(y) for y in x)]
+    if isinstance(x, range):
+        return [_MARK, "range", x.start, x.stop, x.step]
     if x is Ellipsis:
         return [_MARK, "ellipsis"]
     if isinstance(x, (torch.dtype, torch.layout, torch.memory_format)):
@@ -132,20 +150,26 @@ def _decode(x: Any) -> Any:
         return x
     if not x or x[0] != _MARK:
         return [_decode(y) for y in x]
-    tag, rest = x[1], [_decode(y) for y in x[2:]]
-    match tag:
-        case "slot":
-            return Slot(*rest)
-        case "constant":
-            return Constant(*rest)
-        case "slice":
-            return Slice(*rest)
-        case "tuple":
-            return tuple(rest)
-        case "ellipsis":
-            return Ellipsis
-        case "torch":
-            return getattr(torch, rest[0])
-        case "device":
-            return torch.device(rest[0])
-    raise TapeError(f"the tape holds a value of unknown kind {tag!r}")
+    make = _KINDS.get(x[1])
+    if make is None:
+        raise TapeError(f"the tape holds a value of unknown kind {x[1]!r}")
+    return make(*(_decode(y) for y in x[2:]))
+
+
+def _of_torch(name: str) -> Any:
+    found = getattr(torch, name, None)
+    if not isinstance(found, (torch.dtype, torch.layout, torch.memory_format)):
+        raise TapeError(f"the tape holds torch.{name}, which is no type or layout")
+    return found
+
+
+_KINDS: dict[str, Callable[..., Any]] = {
+    "slot": Slot,
+    "constant": Constant,
+    "slice": Slice,
+    "range": range,
+    "tuple": lambda *items: items,
+    "ellipsis": lambda: ...,
+    "torch": _of_torch,
+    "device": torch.device,
+}

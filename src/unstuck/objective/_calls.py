@@ -1,0 +1,102 @@
+"""What the recorder knows of torch's calls by their names: which only look, which write, draw, read back or cut."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+
+PROPERTIES = frozenset(  # attributes that tell about a tensor or its gradient, and are no part of the path to the loss
+    "shape dtype device grad requires_grad is_leaf grad_fn ndim _version layout is_cuda is_cpu is_sparse is_quantized "
+    "is_meta names is_nested itemsize nbytes output_nr is_mps is_xla _backward_hooks is_mkldnn retains_grad "
+    "_post_accumulate_grad_hooks is_sparse_csr is_xpu is_mtia is_vulkan is_ipu is_maia name volatile _cdata "
+    "_has_symbolic_sizes_strides grad_dtype".split()
+)
+METADATA = frozenset(  # methods that do the same
+    "size dim stride numel nelement ndimension element_size storage_offset data_ptr get_device is_contiguous "
+    "is_floating_point is_complex is_signed is_same_size is_set_to is_inference is_conj is_neg __len__ __hash__ "
+    "__repr__ __str__ __format__ result_type can_cast retain_grad requires_grad_ has_names is_shared is_pinned "
+    "dim_order untyped_storage storage _typed_storage is_coalesced sparse_dim dense_dim register_post_accumulate_grad_"
+    "hook _is_view is_nested_tensor __dir__ is_tensor is_storage".split()
+)
+SHAPES = frozenset("shape nbytes size numel nelement __len__ stride".split())  # may steer where the data decide them
+RANDOM = frozenset(  # may draw from the global generator
+    "dropout dropout1d dropout2d dropout3d dropout_ alpha_dropout alpha_dropout_ feature_alpha_dropout feature_dropout "
+    "feature_dropout_ feature_alpha_dropout_ native_dropout _fused_dropout rrelu rrelu_ rrelu_with_noise "
+    "rrelu_with_noise_ scaled_dot_product_attention multi_head_attention_forward gru lstm rnn_tanh rnn_relu miopen_rnn "
+    "_cudnn_rnn gumbel_softmax bernoulli bernoulli_ multinomial normal normal_ uniform_ random_ exponential_ rand_like "
+    "randn_like randint_like poisson binomial fractional_max_pool2d fractional_max_pool3d log_normal_ cauchy_ "
+    "geometric_ fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices _standard_gamma "
+    "_sample_dirichlet trunc_normal_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_ orthogonal_ "
+    "sparse_".split()
+)
+CUTS = frozenset("detach detach_ data numpy __array__ tolist item".split())
+STATISTICS = frozenset(  # write into arguments other than the first, and the versions do not tell
+    "batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit".split()
+)
+_ELASTIC = frozenset(  # the shape of the result depends on the numbers in the arguments
+    "nonzero argwhere masked_select unique unique_consecutive repeat_interleave bincount one_hot tensor_split "
+    "_pack_padded_sequence _pad_packed_sequence arange unique_dim _unique2".split()
+)
+
+
+def label(func: Any) -> tuple[str, str]:
+    """The name of a call, and of the attribute where it gets or sets one."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__", "__delete__"):
+        return name, getattr(getattr(func, "__self__", None), "__name__", name)
+    return name.partition(".")[0] if type(func) is OpOverload else name, ""
+
+
+def writes(name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether the name says that the call writes into an argument."""
+    if name.startswith("__"):
+        return name == "__setitem__"
+    return name.endswith("_") or name in STATISTICS or "out" in kwargs or bool(kwargs.get("inplace"))
+
+
+def may_draw(func: Any, name: str) -> bool:
+    """Whether a call may draw from the global generator; of operators outside torch nothing is known."""
+    return name in RANDOM or isinstance(func, (OpOverload, OpOverloadPacket))
+
+
+def elastic(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether the numbers in the arguments decide the shape of the result."""
+    if name == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in index)
+    return name in _ELASTIC or (name == "where" and len(args) == 1)
+
+
+def is_flag(result: Any) -> bool:
+    """Whether a result that is no tensor can be compared exactly: truth values, counts, shapes."""
+    if isinstance(result, (list, tuple)):
+        return all(is_flag(x) for x in result)
+    return isinstance(result, int)
+
+
+def autocast() -> tuple[str, torch.dtype, bool] | None:
+    """The device, type and caching of the automatic casts that are on."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            return device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+    return None
+
+
+def unseen(tensor: Tensor) -> str:
+    """Why a tensor with a graph that no recorded call made refuses the tape."""
+    maker = type(tensor.grad_fn).__name__
+    return f"part of the loss was made out of sight, by {maker}: a custom autograd function or a compiled region"
+
+
+def caller() -> str:
+    """The source line outside torch and this package that made the current call, as file:line."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("torch", "unstuck", "contextlib"):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
