@@ -372,6 +372,8 @@ class Recorder(TorchFunctionMode):
 
     def _note_read(self, call: Call, result: Any) -> None:
         """Notes a number that the script took out of the step."""
+        if not call.needs and not call.parameters:
+            return  # of an earlier step: no weight of this one changes it
         if is_flag(result):
             call.expects = tuple(result) if isinstance(result, torch.Size) else result
         elif isinstance(result, float):
