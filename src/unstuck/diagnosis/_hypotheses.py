@@ -81,7 +81,7 @@ def symptom(case: Case) -> str | None:
         return BLIND
     trend = case["trend"]
     flat = trend is not None and (trend.value > -0.15 or trend.high > 0.3)
-    return STUCK if flat and level is not None and level.value > 0.1 else None
+    return STUCK if flat and level is not None and level.value > 0.05 else None
 
 
 def _value(case: Case, name: str) -> float:

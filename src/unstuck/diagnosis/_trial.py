@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from unstuck.record import State
 STEPS, COOLDOWN = 60, 30
 LEAST = math.log(0.95)  # an accepted remedy ends at least 5 % lower than the control
 RESTLESS = 0.02  # a null arm that moves further than this asks for more orders
-ORDERS = 3
+ORDERS = 5
+STUDENT = 2.5  # the 97.5 % quantile of Student's t for some six degrees of freedom
+FLOOR = 1e-12  # under the logarithm of a loss
 HOPELESS = 100.0  # times the first loss: an arm that climbs so high is given up
 NUDGE = 1e-3  # the null arm's relative perturbation
 
@@ -83,8 +86,10 @@ def run_trial(
 ) -> Trial:
     """Tries remedies beside the control and a null arm from `state` (by default where the run stands).
 
-    An arm is accepted when its interval excludes 0 and it ends by exp(`least`) or more below the control, twice
-    as far as the null arm strayed, and no higher than it started. ValueError where the run cannot be continued.
+    An arm is accepted when its interval excludes 0 and it ends by exp(`least`) or more below the control, twice as far
+    as the null arm strayed, and no higher than it started. Where the null arm strays by more than 2 % the state is
+    chaotic: all arms are repeated over shuffled orders, and the null arms count as controls. ValueError where the run
+    cannot be continued.
     """
     state = state or case.state
     if state is None or len(case.tapes) < 8:
@@ -97,16 +102,11 @@ def run_trial(
         ("nothing but a nudge", "null", nudge),
     ]
     train, judge = case.split
-    results = _all_arms(state, arms, train, judge, order=0, progress=progress)
-    if abs(_effect(results[0], [results[-1]])) > RESTLESS:
-        more = [_all_arms(state, arms, train, judge, order=k, progress=progress) for k in range(1, ORDERS)]
-        orders = [results, *more]
-    else:
-        orders = [results]
-    controls = [order[0] for order in orders]
-    stray = max(abs(_effect(order[0], [order[-1]])) for order in orders)
-    begin = mean_loss(state.weights, judge)
-    made = [_arm(arms[k], [o[k] for o in orders], controls, stray, begin, least) for k in range(len(arms))]
+    orders = [_all_arms(state, arms, train, judge, order=0, progress=progress)]
+    if abs(orders[0][-1].level - orders[0][0].level) > RESTLESS:
+        orders += [_all_arms(state, arms, train, judge, order=k, progress=progress) for k in range(1, ORDERS)]
+    begin = math.log(max(mean_loss(state.weights, judge), FLOOR))
+    made = [_arm(arm, [order[k] for order in orders], orders, begin, least) for k, arm in enumerate(arms)]
     return Trial(tuple(made), STEPS, COOLDOWN, held_out=not {id(t) for t in train} & {id(t) for t in judge})
 
 
@@ -114,6 +114,11 @@ def run_trial(
 class _Result:
     curve: tuple[float, ...]
     end: tuple[float, ...]  # the loss on each tape to judge by; empty where the arm was given up
+
+    @property
+    def level(self) -> float:
+        """ln of the mean loss at the end."""
+        return math.log(max(statistics.fmean(self.end), FLOOR)) if self.end else math.inf
 
 
 def _all_arms(
@@ -163,43 +168,43 @@ def _train(copy: Fork, train: Sequence[Tape], judge: Sequence[Tape]) -> _Result:
     return _Result(tuple(curve), end if all(math.isfinite(x) for x in end) else ())
 
 
-def _effect(control: _Result, others: Sequence[_Result]) -> float:
-    """ln(mean loss of the arm / mean loss of the control), by the tapes to judge by."""
-    other = others[0]
-    if not other.end:
-        return 0.0 if not control.end else math.inf
-    if not control.end:
-        return -math.inf
-    floor = 1e-12
-    return math.log(max(statistics.fmean(other.end), floor) / max(statistics.fmean(control.end), floor))
+def _arm(
+    arm: tuple[str, str, Any],
+    results: Sequence[_Result],
+    orders: Sequence[Sequence[_Result]],
+    begin: float,
+    least: float,
+) -> Arm:
+    name, role, _ = arm
+    mine = [r.level for r in results]
+    # Where the null arm strays, it is one more sample of what the control does; its single stray counts as error else.
+    control = [r.level for order in orders for r in ((order[0],) if len(orders) == 1 else (order[0], order[-1]))]
+    effect = _difference(mine, control if role != "control" else mine)
+    reach, stray = 0.0, _difference([orders[0][-1].level], [orders[0][0].level])
+    if role != "control" and math.isfinite(effect):
+        one = math.hypot(2 * _spread(orders[0][0], results[0]), stray)
+        reach = one if len(orders) == 1 else STUDENT * math.hypot(_standard_error(mine), _standard_error(control))
+    accepted = role == "remedy" and effect + reach < 0 and effect <= least and statistics.fmean(mine) <= begin
+    if len(orders) == 1 and math.isfinite(effect):
+        accepted = accepted and effect < -2 * abs(stray)
+    return Arm(name, role, effect, effect - reach, effect + reach, accepted, results[0].curve)
+
+
+def _difference(mine: Sequence[float], control: Sequence[float]) -> float:
+    if math.inf in mine:
+        return 0.0 if math.inf in control else math.inf
+    return -math.inf if math.inf in control else statistics.fmean(mine) - statistics.fmean(control)
+
+
+def _standard_error(levels: Sequence[float]) -> float:
+    return statistics.stdev(levels) / math.sqrt(len(levels)) if len(levels) > 1 else 0.0
 
 
 def _spread(control: _Result, other: _Result) -> float:
-    """The jackknife error of the effect over the tapes to judge by."""
+    """The jackknife error of the effect over the tapes to judge by: they are the same for both arms."""
     n = len(control.end)
     if n < 2 or len(other.end) != n:
         return 0.0
     a, b = torch.tensor(other.end, dtype=torch.float64), torch.tensor(control.end, dtype=torch.float64)
-    left_out = ((a.sum() - a).clamp_min(1e-12) / (b.sum() - b).clamp_min(1e-12)).log()
+    left_out = ((a.sum() - a).clamp_min(FLOOR) / (b.sum() - b).clamp_min(FLOOR)).log()
     return math.sqrt((n - 1) / n * float((left_out - left_out.mean()).square().sum()))
-
-
-def _arm(
-    arm: tuple, results: Sequence[_Result], controls: Sequence[_Result], stray: float, begin: float, least: float
-) -> Arm:
-    name, role, _ = arm
-    effects = [_effect(c, [r]) for c, r in zip(controls, results, strict=True)]
-    effect = statistics.fmean(effects)
-    within = max(_spread(c, r) for c, r in zip(controls, results, strict=True))
-    between = statistics.stdev(effects) if len(effects) > 1 and all(map(math.isfinite, effects)) else 0.0
-    reach = 0.0 if role == "control" else math.hypot(2 * within, 2 * between, stray)
-    reach = reach if math.isfinite(effect) else 0.0
-    ends = [statistics.fmean(r.end) if r.end else math.inf for r in results]
-    accepted = (
-        role == "remedy"
-        and effect + reach < 0
-        and effect <= least
-        and effect < -2 * (stray if math.isfinite(stray) else 0.0)
-        and max(ends) <= begin
-    )
-    return Arm(name, role, effect, effect - reach, effect + reach, accepted, results[0].curve)
