@@ -30,7 +30,7 @@ choice = parser.add_mutually_exclusive_group()
 choice.add_argument("--fault", choices=FAULTS)
 choice.add_argument("--variant", choices=VARIANTS, help="healthy, though it may look odd")
 parser.add_argument("--seed", type=int, default=0)
-parser.add_argument("--steps", type=int, default=600)
+parser.add_argument("--steps", type=int, default=500)
 args = parser.parse_args()
 fault, variant = args.fault, args.variant
 torch.manual_seed(args.seed)
@@ -68,7 +68,7 @@ def loss_of(x, y):
 model = Perceptron()
 if fault == "saddle":
     for layer in (model.hidden, model.output):
-        nn.init.normal_(layer.weight, std=1e-20)
+        nn.init.normal_(layer.weight, std=1e-10)
         nn.init.zeros_(layer.bias)
 if fault == "zero-init":
     for p in model.parameters():
@@ -78,8 +78,15 @@ if fault == "dead-units":
 if variant == "sparse-relu":
     nn.init.constant_(model.hidden.bias, -0.5)
 
-rates = {"lr-diverges": 10.0, "lr-too-small": 1e-4, "edge-of-stability": 4.0, "cosine-tail": 0.3, "converged": 0.5}
-lr = rates.get(fault or variant, 0.1)
+rates = {
+    "lr-diverges": 10.0,
+    "lr-too-small": 2e-4,
+    "saddle": 0.05,
+    "edge-of-stability": 4.0,
+    "cosine-tail": 0.3,
+    "converged": 0.5,
+}
+lr = rates.get(fault or variant, 0.2)
 steps = 3 * args.steps if variant == "converged" else args.steps
 batch_size = len(x_train) if variant == "edge-of-stability" else 50
 optimizer = torch.optim.SGD(model.parameters(), lr=lr)

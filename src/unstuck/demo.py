@@ -33,8 +33,8 @@ class Network(nn.Module):
         self.hidden = nn.Linear(64, 32)
         self.output = nn.Linear(32, 10)
         if fault == "saddle":
-            nn.init.normal_(self.hidden.weight, std=1e-20)
-            nn.init.normal_(self.output.weight, std=1e-20)
+            nn.init.normal_(self.hidden.weight, std=1e-10)
+            nn.init.normal_(self.output.weight, std=1e-10)
             nn.init.zeros_(self.hidden.bias)
             nn.init.zeros_(self.output.bias)
         if fault == "zero-init":
@@ -68,7 +68,7 @@ def digits(fault):
 def choose_optimizer(network, fault):
     if fault == "lr-bounces":
         return torch.optim.Adam(network.parameters(), lr=0.5)
-    lr = {"lr-diverges": 10.0, "lr-too-small": 1e-4}.get(fault, 0.1)
+    lr = {"lr-diverges": 10.0, "lr-too-small": 2e-4, "saddle": 0.05}.get(fault, 0.2)
     return torch.optim.SGD(network.parameters(), lr=lr)
 
 
