@@ -99,7 +99,7 @@ def _judge(case: Case, h: Hypothesis) -> tuple[str | None, str | None]:
         holds = p.holds(case)
         if holds is False:
             found = case[p.quantity]
-            return p.refuted.format(value=found.value if found is not None else math.nan), None
+            return p.because(found.value if found is not None else math.nan), None
         if holds is None and p.needed:
             missing = f"{p.quantity} cannot be measured in this run"
     return None, missing

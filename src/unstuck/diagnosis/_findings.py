@@ -136,6 +136,13 @@ def number(x: float) -> float | str:
     return x if math.isfinite(x) else str(x)
 
 
+def plain(x: float) -> str:
+    """A number as it is read aloud: three digits, thousands grouped, powers of ten only where they must be."""
+    if 1000 <= abs(x) < 1e6:
+        return f"{x:,.0f}"
+    return f"{x:.3g}"
+
+
 def dumps(data: Mapping[str, Any]) -> str:
     return json.dumps(data, allow_nan=False, ensure_ascii=False)
 

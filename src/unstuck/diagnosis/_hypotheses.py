@@ -8,6 +8,7 @@ from unstuck.diagnosis import _motion as motion
 from unstuck.diagnosis import _remedies as remedies
 from unstuck.diagnosis import _structure as structure
 from unstuck.diagnosis._case import Case, Measure
+from unstuck.diagnosis._findings import plain
 from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
@@ -44,8 +45,12 @@ class Prediction:
     quantity: str
     low: float
     high: float
-    refuted: str  # a format with {value}
+    refuted: str  # a format with {value}, or {shown} where it is to be read as a plain number
     needed: bool = True  # whether the hypothesis falls where the quantity cannot be measured
+
+    def because(self, value: float) -> str:
+        """The sentence with the number in it."""
+        return self.refuted.format(value=value, shown=plain(value))
 
     def holds(self, case: Case) -> bool | None:
         found = case[self.quantity]
@@ -95,7 +100,7 @@ def _everything(case: Case) -> list[int]:
 
 def _diverged(case: Case) -> str:
     rise = _value(case, "rise of the loss")
-    worst = "it is no longer a number" if math.isinf(rise) else f"it rose to {rise:.3g} times its start"
+    worst = "it is no longer a number" if math.isinf(rise) else f"it rose to {plain(rise)} times its start"
     return (
         f"The loss blew up: {worst}. The step is too large for the curvature, so every update lands higher than before."
     )
@@ -123,14 +128,14 @@ def _revived(case: Case) -> list[Remedy]:
 def _killed(case: Case) -> str:
     return (
         f"An earlier step destroyed the network: {_value(case, 'dead units'):.0%} of a layer's units are dead, and the "
-        f"weights are {_value(case, 'growth of the weights'):.3g} times as long as at the start. A lower rate from "
+        f"weights are {plain(_value(case, 'growth of the weights'))} times as long as at the start. A lower rate from "
         "here cures nothing."
     )
 
 
 def _critical_point(case: Case) -> str:
     gain, g = _value(case, "escape gain"), _value(case, "relative gradient")
-    here = f"The gradient vanishes (‖g‖‖w‖/L = {g:.2g}) and the outputs do not depend on the inputs"
+    here = f"The gradient vanishes (‖g‖‖w‖/L = {plain(g)}) and the outputs do not depend on the inputs"
     if gain >= GENUINE:
         return (
             f"{here}: a saddle. Along the most negative curvature the loss falls to both sides, by {gain:.0%} or more."
@@ -154,32 +159,33 @@ def _saturated(case: Case) -> str:
 def _tiny_steps(case: Case) -> str:
     return (
         "The loss hardly moves because the steps are tiny: each update could be "
-        f"{_value(case, 'head-room'):.0f} times as long before the loss of its own batch rises again."
+        f"{plain(_value(case, 'head-room'))} times as long before the loss of its own batch rises again."
     )
 
 
 def _raised(case: Case) -> list[Remedy]:
     room = _value(case, "head-room")
-    return [remedies.rate(room / 4), remedies.rate(room / 40)]
+    return [remedies.rate(case.state, room / 4), remedies.rate(case.state, room / 40)]
 
 
 def _bouncing(case: Case) -> str:
     return (
         "The loss has stopped falling although the gradient is still large "
-        f"(‖g‖‖w‖/L = {_value(case, 'relative gradient'):.3g}): the step jumps across a ravine instead of going down "
-        f"in it (curvature × rate = {_value(case, 'curvature × rate'):.2g}; beyond 2 it lands higher on the far side)."
+        f"(‖g‖‖w‖/L = {plain(_value(case, 'relative gradient'))}): the step jumps across a ravine instead of going "
+        f"down in it (curvature × rate = {plain(_value(case, 'curvature × rate'))}; beyond 2 it lands higher on the far "
+        "side)."
     )
 
 
 def _noisy(case: Case) -> str:
     return (
         "The loss has stopped falling because the batches disagree: the noise of the gradient moves the weights as far "
-        f"as its mean. Curvature would allow the step (curvature × rate = {_value(case, 'curvature × rate'):.2g})."
+        f"as its mean. Curvature would allow the step (curvature × rate = {plain(_value(case, 'curvature × rate'))})."
     )
 
 
 def _lowered(case: Case) -> list[Remedy]:
-    arms = [remedies.rate(1 / 3), remedies.rate(1 / 10)]
+    arms = [remedies.rate(case.state, 1 / 3), remedies.rate(case.state, 1 / 10)]
     return arms if motion.repeats_one_batch(case) else [*arms, remedies.larger_batch(4)]
 
 
@@ -188,26 +194,22 @@ BLINDNESS = Prediction(
     "input dependence", 0, DEPENDS, "the outputs depend on the inputs ({value:.0%} of their variance)"
 )
 SIGHT = Prediction(
-    "input dependence", DEPENDS, 1, "the outputs do not depend on the inputs ({value:.1g} of their variance)"
+    "input dependence", DEPENDS, 1, "the outputs do not depend on the inputs ({shown} of their variance)"
 )
 DEATH = Prediction("dead units", 0.9, 1, "the units are alive ({value:.0%} of the worst layer never fire)")
 LIFE = Prediction("dead units", 0, 0.9, "the units are dead ({value:.0%} of a layer never fire)", needed=False)
 SIGNAL = Prediction(
-    "signal into the dead layer", 1e-3, INF, "the dead layer gets no signal to speak of (rms {value:.1g})", needed=False
+    "signal into the dead layer", 1e-3, INF, "the dead layer gets no signal to speak of (rms {shown})", needed=False
 )
 
 HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(
         "lr-diverges",
         (DIVERGED,),
-        (
-            Prediction(
-                "rise of the loss", 10, INF, "the loss never rose far above its start ({value:.2g} times at worst)"
-            ),
-        ),
+        (Prediction("rise of the loss", 10, INF, "the loss never rose far above its start ({shown} times at worst)"),),
         _diverged,
         "Start again with a learning rate that the trial accepts; warm-up or clipping helps an unstable start.",
-        lambda case: (remedies.rate(1 / 10), remedies.rate(1 / 100), remedies.rate(1 / 1000)),
+        lambda case: [remedies.rate(case.start, 1 / k) for k in (10, 100, 1000)],
         origin=lambda case: case.start,
         decisive=True,
     ),
@@ -239,7 +241,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
                 "growth of the weights",
                 0,
                 8,
-                "the weights have grown {value:.3g}-fold: a step killed them",
+                "the weights have grown {shown}-fold: a step killed them",
                 needed=False,
             ),
         ),
@@ -251,10 +253,10 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(
         "killed",
         (BLIND, STUCK),
-        (DEATH, SIGNAL, Prediction("growth of the weights", 8, INF, "the weights have not grown ({value:.3g}-fold)")),
+        (DEATH, SIGNAL, Prediction("growth of the weights", 8, INF, "the weights have not grown ({shown}-fold)")),
         _killed,
         "Start again from the beginning with a lower learning rate.",
-        lambda case: (remedies.rate(1 / 10), remedies.rate(1 / 30)),
+        lambda case: [remedies.rate(case.start, 1 / k) for k in (10, 30)],
         origin=lambda case: case.start,
         decisive=True,
     ),
@@ -270,11 +272,11 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
                 "signal into the dead layer",
                 0,
                 1e-3,
-                "the units are dead under a strong signal (rms {value:.2g})",
+                "the units are dead under a strong signal (rms {shown})",
                 needed=False,
             ),
             Prediction(
-                "relative gradient", 0, 0.05, "the gradient is large: ‖g‖‖w‖/L = {value:.3g}, at a saddle below 0.05"
+                "relative gradient", 0, 0.05, "the gradient is large: ‖g‖‖w‖/L = {shown}, at a saddle below 0.05"
             ),
         ),
         _critical_point,
@@ -295,7 +297,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (
             SIGHT,
             Prediction(
-                "relative gradient", 0, 1, "the gradient is large: ‖g‖‖w‖/L = {value:.3g}, near a minimum it is below 1"
+                "relative gradient", 0, 1, "the gradient is large: ‖g‖‖w‖/L = {shown}, near a minimum it is below 1"
             ),
             Prediction("drift gain", 0, 0.01, "the loss falls by {value:.0%} further along its way", needed=False),
         ),
@@ -308,9 +310,9 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (
             SIGHT,
             Prediction(
-                "head-room", 200, INF, "an update could be only {value:.3g} times as long (a tiny one: over 200 times)"
+                "head-room", 200, INF, "an update could be only {shown} times as long (a tiny one: over 200 times)"
             ),
-            Prediction("head-room elsewhere", 20, INF, "on another batch it could be only {value:.3g} times as long"),
+            Prediction("head-room elsewhere", 20, INF, "on another batch it could be only {shown} times as long"),
             Prediction("drift gain", 0.01, 1, "nothing is gained further along its way ({value:.1%})", needed=False),
         ),
         _tiny_steps,
@@ -323,9 +325,9 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (
             SIGHT,
             LIFE,
-            Prediction("head-room", 0, 200, "the step is tiny: an update could be {value:.3g} times as long"),
+            Prediction("head-room", 0, 200, "the step is tiny: an update could be {shown} times as long"),
             Prediction(
-                "curvature × rate", 1, INF, "the step is small for the curvature (λ₁η = {value:.2g}, bouncing: above 1)"
+                "curvature × rate", 1, INF, "the step is small for the curvature (λ₁η = {shown}, bouncing: above 1)"
             ),
         ),
         _bouncing,
@@ -339,12 +341,12 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (
             SIGHT,
             Prediction("different batches", 2, INF, "every step uses the same batch: its gradient has no noise"),
-            Prediction("head-room", 0, 200, "the step is tiny: an update could be {value:.3g} times as long"),
+            Prediction("head-room", 0, 200, "the step is tiny: an update could be {shown} times as long"),
             Prediction(
                 "curvature × rate",
                 0,
                 1,
-                "curvature limits the step before noise does (λ₁η = {value:.2g}, noise: below 1)",
+                "curvature limits the step before noise does (λ₁η = {shown}, noise: below 1)",
             ),
         ),
         _noisy,

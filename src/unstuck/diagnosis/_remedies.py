@@ -5,12 +5,19 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from unstuck.diagnosis._findings import plain
 from unstuck.diagnosis._trial import Fork, Remedy
+from unstuck.record import State
 
 
-def rate(factor: float) -> Remedy:
-    """The learning rate times `factor`."""
-    name = f"learning rate × {factor:.3g}" if factor > 1 else f"learning rate ÷ {1 / factor:.3g}"
+def rate(state: State | None, factor: float) -> Remedy:
+    """The learning rate of a state times `factor`, to two digits."""
+    groups = () if state is None or state.optimizer is None else state.optimizer.groups
+    old = float(groups[0]["lr"]) if groups and "lr" in groups[0] else 0.0
+    if old:
+        factor = float(f"{old * factor:.2g}") / old
+    change = f"× {plain(factor)}" if factor > 1 else f"÷ {plain(1 / factor)}"
+    name = f"learning rate {old * factor:.2g} ({change})" if old else f"learning rate {change}"
     return Remedy(name, lambda copy: copy.scale_rate(factor))
 
 
