@@ -53,7 +53,7 @@ class Perceptron(nn.Module):
         self.output = nn.Linear(32, 10)
 
     def forward(self, x):
-        h = F.relu(self.hidden(x))
+        h = F.tanh(self.hidden(x)) if fault == "lr-bounces" else F.relu(self.hidden(x))  # units that cannot die
         if fault == "graph-cut":
             h = h.detach()
         return self.output(h)
@@ -91,7 +91,7 @@ steps = 3 * args.steps if variant == "converged" else args.steps
 batch_size = len(x_train) if variant == "edge-of-stability" else 50
 optimizer = torch.optim.SGD(model.parameters(), lr=lr)
 if fault == "lr-bounces":  # a rate that SGD would bear
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.5)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.3)
 if fault == "parameters-not-optimised":
     model.hidden = nn.Linear(64, 32)
 scheduler = None

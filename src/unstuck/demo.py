@@ -44,7 +44,7 @@ class Network(nn.Module):
             nn.init.constant_(self.hidden.bias, -20.0)
 
     def forward(self, images):
-        features = F.relu(self.hidden(images))
+        features = F.tanh(self.hidden(images)) if self.fault == "lr-bounces" else F.relu(self.hidden(images))
         if self.fault == "graph-cut":
             features = features.detach()
         return self.output(features)
@@ -67,7 +67,7 @@ def digits(fault):
 
 def choose_optimizer(network, fault):
     if fault == "lr-bounces":
-        return torch.optim.Adam(network.parameters(), lr=0.5)
+        return torch.optim.Adam(network.parameters(), lr=0.3)
     lr = {"lr-diverges": 10.0, "lr-too-small": 2e-4, "saddle": 0.05}.get(fault, 0.2)
     return torch.optim.SGD(network.parameters(), lr=lr)
 

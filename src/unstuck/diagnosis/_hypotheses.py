@@ -172,8 +172,8 @@ def _bouncing(case: Case) -> str:
     return (
         "The loss has stopped falling although the gradient is still large "
         f"(‖g‖‖w‖/L = {plain(_value(case, 'relative gradient'))}): the step jumps across a ravine instead of going "
-        f"down in it (curvature × rate = {plain(_value(case, 'curvature × rate'))}; beyond 2 it lands higher on the far "
-        "side)."
+        f"down in it (curvature × rate = {plain(_value(case, 'curvature × rate'))}; beyond 2 it lands higher up on the "
+        "other side)."
     )
 
 

@@ -16,9 +16,13 @@ def rate(state: State | None, factor: float) -> Remedy:
     old = float(groups[0]["lr"]) if groups and "lr" in groups[0] else 0.0
     if old:
         factor = float(f"{old * factor:.2g}") / old
-    change = f"× {plain(factor)}" if factor > 1 else f"÷ {plain(1 / factor)}"
+    change = f"× {_round(factor)}" if factor > 1 else f"÷ {_round(1 / factor)}"
     name = f"learning rate {old * factor:.2g} ({change})" if old else f"learning rate {change}"
     return Remedy(name, lambda copy: copy.scale_rate(factor))
+
+
+def _round(x: float) -> str:
+    return plain(float(f"{x:.2g}"))
 
 
 def larger_batch(times: int) -> Remedy:
