@@ -18,6 +18,15 @@ from unstuck.objective._calls import RANDOM
 OTHER_KERNEL = {"gpt", "weight_norm_and_gradient_checkpoints"}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small only lose by sharing the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def build(make, *, nudge=0.0):
     """A fresh program, always from the same seed; `nudge` moves its weights."""
     torch.manual_seed(0)

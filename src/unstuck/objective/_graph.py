@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from unstuck.objective._calls import SHAPES
 from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, leaves, map_leaves
 
 COPY_LIMIT = 32 << 20  # bytes; a larger constant is kept by reference and its version watched
@@ -27,6 +28,8 @@ class Taken:
     version: int
     before: Tensor | None = None  # its contents then, where something wrote into it later
     overwritten: bool = False  # whether a call of the step writes into it
+    viewed: bool = False  # whether a recorded call returned a view of it
+    base: "Taken | None" = None  # the copy of its memory, where views of it are written into
     __weakref__: Any = field(init=False, repr=False)
 
 
@@ -52,6 +55,7 @@ class Call:
     kwargs: tuple[tuple[str, Any], ...] = ()
     needs: list["Call"] = field(default_factory=list)
     parameters: list[tuple[int, int, int]] = field(default_factory=list)  # slot, version, writes seen until then
+    apart: bool = False  # whether autograd does not see writes into its results (.data)
     elastic: bool = False  # whether numbers that depend on the parameters decide the shape of the results
     state: Tensor | None = None  # of the generator, where it draws
     versions: tuple[int, ...] = ()  # of the tensors it returned
@@ -121,11 +125,16 @@ def ancestors(calls: Iterable[Call]) -> set[Call]:
 def steering(reads: Sequence[Call], roots: Sequence[Call], kept: set[Call]) -> set[Call]:
     """`kept` with the reads that may have steered what follows; TapeError where what they read was no flag.
 
-    A read after the last call of a loss, or of a value whose backward() has run, is taken to be for the log.
+    A truth value or a shape steers all that follows. A number that is read after the last call of a loss, or of a value
+    whose backward() has run, is taken to be for the log.
     """
     for read in reversed(reads):
         end = min((root.index for root in roots if root.index > read.index), default=0)
-        if read.epoch < read.part or not any(read.index < call.index < end for call in kept):
+        if isinstance(read.expects, bool) or read.name in SHAPES:
+            end = roots[-1].index
+        elif read.epoch < read.part:
+            continue
+        if not any(read.index < call.index < end for call in kept):
             continue
         if read.expects is None:
             raise TapeError(f"the forward pass reads a number back ({read.name}()), which may steer what follows")
@@ -151,10 +160,14 @@ def compile_tape(
     made: dict[tuple[int, int], int] = {}
     constants: dict[tuple[int, int], int] = {}
     taken: list[Taken] = []
+    views: dict[int, Slot] = {}
+    calls: list[Instruction] = []
 
     def number(x: Any) -> Any:
         if type(x) is Made:
             return Slot(made[x.call.index, x.at])
+        if type(x) is Taken and x.base is not None:
+            return views[id(x)] if id(x) in views else view(x)
         if type(x) is Taken:
             key = (id(x.tensor), x.version) if x.before is None else (id(x.before), 0)
             if key not in constants:
@@ -163,23 +176,33 @@ def compile_tape(
             return Constant(constants[key])
         return x
 
+    def slot() -> int:
+        return leaves_count + len(made)
+
+    def view(x: Taken) -> Slot:
+        args = (number(x.base), tuple(x.tensor.shape), x.tensor.stride(), x.tensor.storage_offset())
+        views[id(x)] = Slot(slot())
+        made[-id(x), 0] = slot()
+        calls.append(Instruction(torch.as_strided, "as_strided", args, (), (views[id(x)].at,)))
+        return views[id(x)]
+
     def instruction(call: Call) -> Instruction:
         args, kwargs = map_leaves(number, call.args), map_leaves(number, call.kwargs)
-        first = leaves_count + len(made)
-        outputs = tuple(range(first, first + len(call.versions)))
+        outputs = tuple(range(slot(), slot() + len(call.versions)))
         made.update({(call.index, k): slot for k, slot in enumerate(outputs)})
         drawn = call.state is not None
         return Instruction(
             call.function, call.name, args, kwargs, outputs, drawn, call.grad, call.autocast, call.part, call.expects
         )
 
-    calls = tuple(instruction(call) for call in kept)
+    for call in kept:
+        calls.append(instruction(call))
     ends = tuple(number(root.args[0]).at for root in roots)
     copies = [_kept(x, vault) for x in taken]
     overwritten = frozenset(k for k, x in enumerate(taken) if x.overwritten)
     size = leaves_count + len(made)
     return Tape(
-        program=Program(calls, leaves_count, size, ends, overwritten, _released(calls, ends, leaves_count)),
+        program=Program(tuple(calls), leaves_count, size, ends, overwritten, _released(calls, ends, leaves_count)),
         constants=tuple(tensor for tensor, _ in copies),
         versions=tuple(version for _, version in copies),
         states=tuple(call.state for call in kept if call.state is not None),

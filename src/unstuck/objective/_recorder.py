@@ -86,6 +86,7 @@ class Recorder(TorchFunctionMode):
         self._losses: list[Tensor] = []
         self._count = 0
         self._elastic = False  # whether there are shapes that depend on the parameters
+        self._apart = False  # whether there are tensors whose writes autograd does not see
         self._refusal: str | None = None
         self._off = False
 
@@ -108,7 +109,7 @@ class Recorder(TorchFunctionMode):
             if attribute:
                 name = f"set_{attribute}_" if name == "__set__" else attribute
             if writes(name, kwargs):
-                self._preserve(name, args, given, touched=touched)
+                touched = self._preserve(name, args, given, touched=touched)
         except Exception as error:
             touched = self._failed(name, error)
         if not touched or self._refusal is not None:
@@ -198,8 +199,12 @@ class Recorder(TorchFunctionMode):
 
     def _alias(self, tensor: Tensor) -> Made | None:
         """A tensor whose memory a call wrote into, as a view of the copy of that memory."""
-        _, last, base = self._written.get(_memory(tensor), (None, None, None))
-        return None if last is None else self._view(tensor, base, [last])
+        entry = self._last_write(tensor)
+        return None if entry is None else self._view(tensor, entry[2], [entry[1]])
+
+    def _last_write(self, tensor: Tensor) -> tuple[StorageWeakRef, Call, Taken | None] | None:
+        entry = self._written.get(_memory(tensor)) if self._written else None
+        return None if entry is None or entry[0].expired() else entry
 
     def _view(self, tensor: Tensor, base: Taken | None, needs: list[Call]) -> Made:
         call = self._open("as_strided", torch.as_strided)
@@ -210,25 +215,33 @@ class Recorder(TorchFunctionMode):
             call.refusal = "a value inside the step is seen through another tensor"
         return self._register(tensor, Made(call, 0))
 
-    def _preserve(self, name: str, args: Any, given: Sequence[Tensor], *, touched: bool) -> None:
-        """Copies the constants that a call is about to write into, and opens their memory where it then depends."""
-        first = tensors(args[0]) if args and name not in STATISTICS else given
-        for tensor in first:
+    def _preserve(self, name: str, args: Any, given: Sequence[Tensor], *, touched: bool) -> bool:
+        """Readies the constants that a call is about to write into; whether the call must be recorded."""
+        for tensor in tensors(args[0]) if args and name not in STATISTICS else given:
             key = _memory(tensor)
-            if not key or id(tensor) in self._known:
+            if not key or id(tensor) in self._known or tensor.requires_grad:
                 continue
-            for taken in (ref() for ref in self._held.pop(key, ())):
-                if taken is not None and taken.before is None:
-                    small = compact_bytes(taken.tensor) <= COPY_LIMIT
-                    taken.before, taken.version = (copied(taken.tensor), 0) if small else (None, LOST)
-            if touched and not tensor.requires_grad:
-                whole = (tensor.untyped_storage().nbytes() // tensor.element_size(),)
-                if (
-                    whole[0] * tensor.element_size() <= COPY_LIMIT
-                ):  # a larger one stays a constant, and its version tells
-                    base = Taken(tensor, LOST, copied(tensor.detach().as_strided(whole, (1,), 0)), overwritten=True)
-                    made = self._view(tensor, base, [])
-                    self._written[key] = (StorageWeakRef(tensor.untyped_storage()), made.call, base)
+            held = [taken for ref in self._held.pop(key, ()) if (taken := ref()) is not None and taken.before is None]
+            touched = touched or any(taken.viewed for taken in held)
+            base = self._share(tensor, key) if touched else None
+            for taken in held:
+                if taken.viewed and base is not None and base.tensor.dtype == taken.tensor.dtype:
+                    taken.base = base
+                elif taken.viewed or compact_bytes(taken.tensor) > COPY_LIMIT:
+                    taken.version = LOST
+                else:
+                    taken.before = copied(taken.tensor)
+        return touched
+
+    def _share(self, tensor: Tensor, key: int) -> Taken | None:
+        """Copies the memory of a constant whose contents come to depend on the parameters."""
+        whole = (tensor.untyped_storage().nbytes() // tensor.element_size(),)
+        if whole[0] * tensor.element_size() > COPY_LIMIT:
+            return None  # it stays a constant, and its version tells
+        base = Taken(tensor, LOST, copied(tensor.detach().as_strided(whole, (1,), 0)), overwritten=True)
+        made = self._view(tensor, base, [])
+        self._written[key] = (StorageWeakRef(tensor.untyped_storage()), made.call, base)
+        return base
 
     def _leaf(self, tensor: Tensor, call: Call) -> Slot | Made | Taken:
         leaf = self._known.get(id(tensor))
@@ -238,7 +251,7 @@ class Recorder(TorchFunctionMode):
             call.parameters.append((leaf.at, version_of(tensor), self._changes[leaf.at]))
             call.epoch = call.part
             return leaf
-        last = self._written.get(_memory(tensor)) if self._written else None
+        last = self._last_write(tensor)
         sources = [leaf.call] if last is None else [leaf.call, last[1]]
         call.needs += sources
         call.epoch = max(call.epoch, *(source.epoch for source in sources))
@@ -293,13 +306,15 @@ class Recorder(TorchFunctionMode):
         return Call(self._count, func, name, torch.is_grad_enabled(), autocast(), part)
 
     def _record(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
-        call = self._open(name, func)
+        call = self._open(
+            name, torch.Tensor.detach if name == "data" else func
+        )  # so that autograd sees what is written
         versions, state = [], None
         try:
-            if name in CUTS:
-                self.cuts.append((name, caller()))
             call.args = tuple([self._encode(x, call) for x in args])
             call.kwargs = tuple([(k, self._encode(v, call)) for k, v in kwargs.items()])
+            if name in CUTS and (call.needs or call.parameters):
+                self.cuts.append((name, caller()))
             if call.refusal is None and "out" in kwargs:
                 call.refusal = f"{name}() writes through out="
             if elastic(name, args):
@@ -322,9 +337,14 @@ class Recorder(TorchFunctionMode):
         """Notes what a call made and wrote."""
         made = tensors(result)
         call.versions = tuple([version_of(t) for t in made])
+        call.apart = call.name == "data" or (self._apart and self._is_apart(given[0], made))
+        self._apart = self._apart or call.apart
         for k, tensor in enumerate(made):
             if type(self._known.get(id(tensor))) is not Slot:
                 self._register(tensor, Made(call, k))
+            for ref in self._held.get(_memory(tensor), ()):  # a constant's memory is seen through what the call made
+                if (taken := ref()) is not None:
+                    taken.viewed = True
         written = [t for t, version in zip(given, versions, strict=True) if version_of(t) != version]
         if call.name in STATISTICS:
             written += [t for t in given[1:] if not t.requires_grad]
@@ -360,8 +380,17 @@ class Recorder(TorchFunctionMode):
         if len(self._written) >= self._crowded:
             self._written = {k: entry for k, entry in self._written.items() if not entry[0].expired()}
             self._crowded = max(16, 2 * len(self._written))
-        base = self._written.get(key, (None, None, None))[2]
+        entry = self._last_write(tensor)
+        base = None if entry is None else entry[2]
+        if base is None and self._apart and self._is_apart(tensor, [tensor]):
+            self._refuse(f"{call.name}() writes through .data into a value inside the step, unseen by autograd")
+            return
         self._written[key] = (StorageWeakRef(tensor.untyped_storage()), call, base)
+
+    def _is_apart(self, source: Tensor, made: Sequence[Tensor]) -> bool:
+        """Whether `made` are views of a tensor whose writes autograd does not see."""
+        leaf = self._known.get(id(source))
+        return type(leaf) is Made and leaf.call.apart and any(_memory(t) == _memory(source) for t in made)
 
     def _parameters_at(self, key: int) -> list[int]:
         if sum(map(len, self._owners.values())) != len(self.leaves):
@@ -395,7 +424,5 @@ class Recorder(TorchFunctionMode):
 
 
 def _memory(tensor: Tensor) -> int:
-    """What stands for the memory that a tensor lies in; 0 where it has none of its own."""
-    if tensor.layout is not torch.strided:
-        return 0
-    return tensor.untyped_storage()._cdata  # noqa: SLF001
+    """Where the memory that a tensor lies in begins, the same for tensors that share it through numpy; 0 for none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
