@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to store the scoreboard as JSON")
     args = parser.parse_args()
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 132)
     with ThreadPoolExecutor(args.workers) as executor:
         cells = examine_all(cases(tuple(args.program), tuple(args.run), args.seeds), executor, console)
     console.print(table(cells))

@@ -149,10 +149,9 @@ def _advice(advice: str, trial: Trial | None) -> str:
         return advice
     best = min(trial.accepted, key=lambda a: a.effect)
     if best.effect == -math.inf:
-        return (
-            f"{advice} Tried on a copy: with {best.remedy} the loss stays finite and falls; the control blows up again."
-        )
-    return f"{advice} Tried on a copy: {best.remedy} ends {_change(best.effect)} than the control."
+        return f"{advice} Tried on a copy: with {best.remedy} the loss stays finite and falls; the control blows up."
+    tried = ", ".join(f"{a.remedy} ends {_change(a.effect)}" for a in trial.accepted)
+    return f"{advice} Tried on a copy, beside the control: {tried}."
 
 
 def _change(effect: float) -> str:

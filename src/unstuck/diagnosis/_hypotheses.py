@@ -287,7 +287,15 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(
         "plateau",
         (BLIND,),
-        (Prediction("saturation", 0.5, 1, "the activations are not on a flat part ({value:.0%} are saturated)"),),
+        (
+            Prediction("saturation", 0.5, 1, "the activations are not on a flat part ({value:.0%} are saturated)"),
+            Prediction(
+                "input dependence",
+                0,
+                DEPENDS,
+                "the outputs follow the inputs ({value:.0%} of their variance): no plateau",
+            ),
+        ),
         _saturated,
         "Rescale the inputs or the layer, or use an activation that does not saturate.",
     ),

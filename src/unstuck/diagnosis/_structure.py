@@ -95,7 +95,7 @@ def input_dependence(case: Case) -> Evidence | None:
 def dead_share(case: Case) -> Evidence | None:
     fired = case.once(take_census).fired
     if not fired:
-        return None
+        return Evidence.exact("dead units", 0.0, "share of a ReLU layer's units that never fire (there is no ReLU)")
     worst = max(float((~f).double().mean()) for f in fired.values())
     return Evidence.exact(
         "dead units", worst, "share of a layer's units that are zero for every input", n=_examples(case)
