@@ -109,14 +109,14 @@ def _diverged(case: Case) -> str:
 def _zero(case: Case) -> str:
     return (
         f"The weights started at zero, and {_value(case, 'zero gradients'):.0%} of the parameters have a gradient of "
-        "exactly 0. All units compute the same, so nothing tells them apart, and only the output's bias learns."
+        "exactly 0: all units compute the same, and only the output's bias learns."
     )
 
 
 def _dead(case: Case) -> str:
     return (
-        f"{_value(case, 'dead units'):.0%} of the units of a ReLU layer are zero for every input: no gradient passes "
-        "through them, and what lies before them cannot learn."
+        f"{_value(case, 'dead units'):.0%} of the units of a ReLU layer are zero for every input: no gradient passes, "
+        "and what lies before them cannot learn."
     )
 
 
@@ -134,15 +134,15 @@ def _killed(case: Case) -> str:
 
 
 def _critical_point(case: Case) -> str:
-    gain, g = _value(case, "escape gain"), _value(case, "relative gradient")
-    here = f"The gradient vanishes (‖g‖‖w‖/L = {plain(g)}) and the outputs do not depend on the inputs"
+    gain = _value(case, "escape gain")
     if gain >= GENUINE:
         return (
-            f"{here}: a saddle. Along the most negative curvature the loss falls to both sides, by {gain:.0%} or more."
+            "The network sits on a saddle: the gradient vanishes, and along the most negative curvature the loss falls "
+            f"to both sides, by {gain:.0%} or more."
         )
     return (
-        f"{here}: the flat origin of a deep network, a degenerate saddle. Even the most negative curvature hardly "
-        "leads down, so gradient descent cannot leave it in reasonable time; weights of the usual size can."
+        "The network sits at the flat origin of a deep network, a degenerate saddle: the gradient vanishes, and even the "
+        "most negative curvature hardly leads down, so that gradient descent cannot leave in reasonable time."
     )
 
 
@@ -170,17 +170,15 @@ def _raised(case: Case) -> list[Remedy]:
 
 def _bouncing(case: Case) -> str:
     return (
-        "The loss has stopped falling although the gradient is still large "
-        f"(‖g‖‖w‖/L = {plain(_value(case, 'relative gradient'))}): the step jumps across a ravine instead of going "
-        f"down in it (curvature × rate = {plain(_value(case, 'curvature × rate'))}; beyond 2 it lands higher up on the "
-        "other side)."
+        "The loss has stopped falling although the gradient is still large: every step jumps across a ravine instead of "
+        "going down in it."
     )
 
 
 def _noisy(case: Case) -> str:
     return (
         "The loss has stopped falling because the batches disagree: the noise of the gradient moves the weights as far "
-        f"as its mean. Curvature would allow the step (curvature × rate = {plain(_value(case, 'curvature × rate'))})."
+        "as its mean."
     )
 
 
