@@ -141,8 +141,8 @@ def _critical_point(case: Case) -> str:
             f"to both sides, by {gain:.0%} or more."
         )
     return (
-        "The network sits at the flat origin of a deep network, a degenerate saddle: the gradient vanishes, and even the "
-        "most negative curvature hardly leads down, so that gradient descent cannot leave in reasonable time."
+        "The network sits at the flat origin of a deep network, a degenerate saddle: the gradient vanishes, and even "
+        "the most negative curvature hardly leads down, so that gradient descent cannot leave in reasonable time."
     )
 
 
@@ -170,8 +170,8 @@ def _raised(case: Case) -> list[Remedy]:
 
 def _bouncing(case: Case) -> str:
     return (
-        "The loss has stopped falling although the gradient is still large: every step jumps across a ravine instead of "
-        "going down in it."
+        "The loss has stopped falling although the gradient is still large: every step jumps across a ravine instead "
+        "of going down in it."
     )
 
 
