@@ -39,7 +39,12 @@ def diagnose(
     `diagnose(run, hypotheses=(*HYPOTHESES, mine))`. `progress(text, share)` is told how far it is. Neither the run nor
     the training that wrote it is changed.
     """
-    case = Case(run, {**MEASURES, **(measures or {})})
+    with run.paused():
+        return _diagnosis(Case(run, {**MEASURES, **(measures or {})}), hypotheses, progress)
+
+
+def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress | None) -> Diagnosis:
+    run = case.run
     codes = (*EXACT, *(h.code for h in hypotheses))
     if run.steps == 0:
         return _result(run, [], (), dict.fromkeys(codes, "no optimiser step was recorded"))
