@@ -1,0 +1,15 @@
+"""Programs that nothing was tuned for: ordinary scripts, as different as can be, healthy unless told otherwise."""
+
+from pathlib import Path
+
+from clinic import FAULTS
+
+_FOLDER = Path(__file__).parent
+
+PROGRAMS = {path.stem: path for path in sorted(_FOLDER.glob("*.py")) if not path.stem.startswith("_")}
+
+FAULTY = {  # the programs that have `--fault`, and the faults that apply to them
+    "autoencoder": FAULTS,
+    "char_transformer": tuple(f for f in FAULTS if f not in ("dead-units", "non-finite-data")),  # no ReLU, no numbers
+    "diabetes": FAULTS,
+}
