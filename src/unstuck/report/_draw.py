@@ -3,14 +3,14 @@
 import functools
 import html
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from plotly import graph_objects as go
 
-from unstuck.diagnosis._findings import Arm, Finding, Trial
+from unstuck.diagnosis import Arm, Finding, Trial
+from unstuck.record import Run
 from unstuck.report import _words as words
 
 # Okabe and Ito's palette, without the hues too pale for a white page; a dash tells the arms apart where colours do not.
@@ -27,21 +27,6 @@ _GAPS = 50  # shaded stretches without finite values; more would only be slow
 SMOOTHED_FROM = 100  # steps: fewer are few enough to see
 _POINTS = 1500  # per curve: more than the pixels of a screen
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
-
-
-class Recorded(Protocol):
-    """What is shown of a run: what was run where, and its series by name, as steps and values."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def header(self) -> Mapping[str, Any]: ...
-
-    @property
-    def steps(self) -> int: ...
-
-    def series(self, name: str, /) -> tuple[list[int], list[float]]: ...
 
 
 @functools.singledispatch
@@ -86,7 +71,7 @@ def looks(trial: Trial) -> list[tuple[str, str]]:
     return [fixed.get(arm.role) or next(remedies) for arm in trial.arms]
 
 
-def draw_run(run: Recorded, findings: Sequence[Finding] = ()) -> go.Figure:
+def draw_run(run: Run, findings: Sequence[Finding] = ()) -> go.Figure:
     """The run's curves above each other over one axis of steps, with the step of each finding marked."""
     drawn = {name: series for name in _PANELS if (series := run.series(name))[0]}
     figure, rows, gap = go.Figure(), max(len(drawn), 1), 0.09

@@ -12,9 +12,10 @@ from typing import Any
 from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from unstuck.diagnosis._findings import CANNOT_TELL, PROVED, SHOWN, SUSPECT, Arm, Diagnosis, Finding, Trial
+from unstuck.diagnosis import CANNOT_TELL, PROVED, SHOWN, SUSPECT, Arm, Diagnosis, Finding, Trial
+from unstuck.record import Run
 from unstuck.report import _words as words
-from unstuck.report._draw import SMOOTHED_FROM, Recorded, draw, draw_run, looks, stretches
+from unstuck.report._draw import SMOOTHED_FROM, draw, draw_run, looks, stretches
 from unstuck.report._html import Html, join, json_script, tag
 
 _MEANING = {
@@ -27,7 +28,7 @@ _MEANING = {
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
 
-def page(diagnosis: Diagnosis, run: Recorded) -> str:
+def page(diagnosis: Diagnosis, run: Run) -> str:
     """The diagnosis and the run as one HTML file that opens from disk and loads nothing."""
     figures: dict[str, go.Figure] = {}
     articles = [_finding(f, i, figures) for i, f in enumerate(diagnosis.findings)] or [_healthy(diagnosis)]
@@ -67,7 +68,7 @@ def _title(diagnosis: Diagnosis) -> str:
     return f"{diagnosis.findings[0].word.capitalize()}: {diagnosis.findings[0].code}"
 
 
-def _masthead(diagnosis: Diagnosis, run: Recorded) -> Html:
+def _masthead(diagnosis: Diagnosis, run: Run) -> Html:
     started = str(run.header.get("started", ""))[:16].replace("T", " ")
     facts = [
         words.count(diagnosis.steps, "step"),
@@ -79,7 +80,7 @@ def _masthead(diagnosis: Diagnosis, run: Recorded) -> Html:
     links += [tag("a", "the run", attrs={"href": "#run"}), tag("a", "data", attrs={"href": "#data"})]
     return tag(
         "header",
-        tag("p.brand", tag("b", "Unstuck"), " ", tag("code", words.printable(diagnosis.script))),
+        tag("p.brand", tag("b", "Unstuck"), " ", tag("code", words.script(diagnosis))),
         tag("p.facts", " · ".join(fact for fact in facts if fact)),
         tag("nav", *links, attrs={"aria-label": "On this page"}) if rest else "",
     )
@@ -106,7 +107,7 @@ def _finding(finding: Finding, i: int, figures: dict[str, go.Figure]) -> Html:
         tag("h2" if i else "h1", words.printable(finding.claim), attrs={"id": name}),
         tag(
             "p.since",
-            f"Since step {finding.step:,}",
+            words.since(finding),
             *where,
             f". {finding.word.capitalize()}: {_MEANING[finding.word]}.",
         ),
@@ -156,7 +157,7 @@ def _rivals(finding: Finding) -> Html:
     rows = [
         _row(tag("code", words.printable(r.code)), tag("td", words.printable(r.because))) for r in finding.ruled_out
     ]
-    return _table("rivals", ("Rival cause", "Why it is not this"), rows)
+    return _table("rivals", ("Rival cause", "Because"), rows)
 
 
 def _trial(trial: Trial, name: str) -> Html:
@@ -164,7 +165,7 @@ def _trial(trial: Trial, name: str) -> Html:
     label = f"Curves of {words.count(len(trial.arms), 'arm')}; the table below gives where each ended."
     widest = _widest(trial)
     rows = [_arm(arm, look, trial, widest) for arm, look in zip(trial.arms, looks(trial), strict=True)]
-    low, high = (tag("span", f"{sign}{size} %") for sign, size in zip("−+", widest[1:], strict=True))
+    low, high = (tag("span", f"{sign}{size:,}%") for sign, size in zip("−+", widest[1:], strict=True))
     scale = tag("span.scale", low, tag("span", "0"), high)
     headings = ("Arm", "Ends", "Interval, %", scale, "Outcome")
     return join(
@@ -241,7 +242,7 @@ def _figure(name: str, label: str, caption: str) -> Html:
     return tag("figure", plot, without, tag("figcaption", caption))
 
 
-def _run(run: Recorded, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> Html:
+def _run(run: Run, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> Html:
     heading = tag("h2", "The run", attrs={"id": "run"})
     steps, loss = run.series("loss")
     if not any(run.series(name)[0] for name in ("loss", "grad_norm", "update_ratio", "lr")):
@@ -264,24 +265,29 @@ def _checked(diagnosis: Diagnosis) -> Html:
     parts.append(tag("ul.codes", *codes) if codes else tag("p", "No cause could be checked."))
     if diagnosis.not_checked:
         rows = [
-            _row(tag("code", words.printable(code)), tag("td", words.printable(because)))
-            for code, because in diagnosis.not_checked.items()
+            _row(join(_listed(codes)), tag("td", words.printable(because)))
+            for codes, because in words.not_checked(diagnosis)
         ]
         parts += [tag("h3", "Not checked"), _table("rivals", ("Cause", "What is missing"), rows)]
     return tag("section", *parts)
 
 
-def _environment(run: Recorded) -> Html:
+def _listed(codes: Sequence[str]) -> list[str]:
+    """Codes with commas in between."""
+    return [part for code in codes for part in (", ", tag("code", words.printable(code)))][1:]
+
+
+def _environment(run: Run) -> Html:
     header = dict(run.header)
     named = {
         "Script": header.pop("script", ""),
         "Arguments": " ".join(map(str, header.pop("argv", ()))),
         "Started": header.pop("started", ""),
+        "Ended": run.outcome,
         "Recorded in": run.folder,
     }
-    versions = header.pop("versions", {})  # everything else of the header as it stands
     rest = {name: value for name, value in header.items() if name not in ("kind", "version")}
-    entries = {str(name): str(value) for name, value in {**named, **versions, **rest}.items()}
+    entries = {str(name): str(value) for name, value in {**named, **rest}.items()}
     pairs = [
         tag("div", tag("dt", words.printable(name)), tag("dd", tag("code", words.printable(text))))
         for name, text in entries.items()
