@@ -40,7 +40,9 @@ def _(trial: Trial) -> go.Figure:
     """The loss of every arm from the same start: faint as measured, strong smoothed."""
     figure, height = go.Figure(), 400
     trends = [smoothed(arm.curve) for arm in trial.arms]
-    axis = _axis([x for arm in trial.arms for x in arm.curve])
+    every = sorted(x for arm in trial.arms for x in arm.curve if math.isfinite(x))
+    cut = len(every) // 50  # a few wild batches must not flatten the rest
+    axis = _axis([*every[cut : len(every) - cut], *(x for trend in trends for x in trend if x is not None)])
     last = max((len(arm.curve) for arm in trial.arms), default=0)
     for arm, look, trend in zip(trial.arms, looks(trial), trends, strict=True):
         at, name = list(range(len(arm.curve))), plain(arm.remedy)

@@ -175,8 +175,9 @@ def _trial(trial: Trial, name: str) -> Html:
             _table("arms", headings, rows),
             tag(
                 "p.note",
-                "Bars: the interval of the change; the grey band is what the null arm, the control from minutely "
-                "perturbed weights, shows by chance alone. An accepted remedy is better beyond chance.",
+                "Bars: the change against the control with its 95% interval. Grey band: the same for the null arm, which "
+                "is the control from minutely perturbed weights. An accepted remedy ends lower by 5% or more, and its "
+                "interval lies below 0.",
             ),
         ]
     )

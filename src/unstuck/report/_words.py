@@ -33,10 +33,13 @@ def power(x: float) -> str:
 
 
 def interval(evidence: Evidence) -> str:
-    """`[low, high]`, or nothing where the measurement is exact."""
+    """`[low, high]`, or `± error` where three figures do not show it, or nothing where the measurement is exact."""
     if evidence.low == evidence.value == evidence.high:
         return ""
-    return f"[{figures(evidence.low)}, {figures(evidence.high)}]"
+    low, high = figures(evidence.low), figures(evidence.high)
+    if low == high:
+        return f"± {figures(float(f'{max(evidence.high - evidence.value, evidence.value - evidence.low):.1g}'))}"
+    return f"[{low}, {high}]"
 
 
 def percent(effect: float) -> float:
