@@ -52,7 +52,7 @@ def _classifier(model, make_optimizer, x, *, steps=200, parts=1, clip=None):
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             log.append(loss.item())
-            if step % 50 == 0:
+            if step % 100 == 0:
                 model.eval()
                 with torch.no_grad():
                     log.append(F.cross_entropy(model(x), y).item())
@@ -93,7 +93,7 @@ def transformer():
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
             optimizer.step()
-            if step % 50 == 0:
+            if step % 100 == 0:
                 model.eval()
                 with torch.no_grad():  # torch takes another path here, unless a mode listens
                     log.append(model(ids).sum().item())

@@ -29,6 +29,7 @@ class Deck:
         self.rescaled = 1.0  # of the gradient between backward and step, as last seen: clipping shows here
         self._leaves = leaves
         self._recorder: Recorder | None = None
+        self._lifted = False  # whether the recorder is aside
         self._stranded: Recorder | None = None  # one that could not be taken off the stack of modes
         self._programs: list[Program] = []
         self._vault = Vault()
@@ -50,7 +51,7 @@ class Deck:
         if recorder is None:
             return None
         self.seconds += getattr(recorder, "seconds", 0.0)
-        if remove(recorder):
+        if self._lifted or remove(recorder):
             return recorder
         self.refuse("an optimiser steps inside backward(), or in another thread")
         self._stranded = recorder
@@ -68,11 +69,15 @@ class Deck:
     def aside(self) -> Iterator[None]:
         """What runs inside is not recorded."""
         recorder = self._recorder
-        lifted = recorder is not None and remove(recorder)
+        if self._lifted or recorder is None or not remove(recorder):
+            yield
+            return
+        self._lifted = True
         try:
             yield
         finally:
-            if lifted and recorder is not None:
+            self._lifted = False
+            if self._recorder is recorder:
                 insert(recorder)
 
     def root(self, roots: Sequence[Tensor]) -> None:

@@ -96,6 +96,7 @@ class Watch:
         path = self.folder / TAPES
         part = path.with_suffix(".part")
         try:
+            self._meet_again()
             with self._deck.aside(), torch.no_grad():
                 torch.save(self._packed(), part)
             part.replace(path)
@@ -107,10 +108,9 @@ class Watch:
         self._saved = self.steps
 
     def _packed(self) -> dict[str, Any]:
-        for optimizer in self._optimizers:
-            self._meet(optimizer)  # it may have got parameters since its last step
         self._learn_names()
-        states = [*self._first, *self._recent, snapshot(self.steps, self._leaves, self._only())]
+        last = snapshot(self.steps, self._leaves, self._only())
+        states = [*self._first, *(s for s in self._recent if s.step < self.steps), last]
         data = pack(self._packable())
         data["names"] = self._names
         data["states"] = [pack_state(s) for s in states if len(s.weights) == len(self._leaves)]
@@ -198,7 +198,10 @@ class Watch:
     def _meet(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes the optimiser's parameters known, and names them by the models that own them."""
         known = {id(p) for p in self._leaves}
-        self._leaves.extend(p for p in _moved(optimizer) if id(p) not in known)
+        new = [p for p in _moved(optimizer) if id(p) not in known]
+        if new:
+            self._deck.silence()  # a recorder counts the leaves that it began with
+            self._leaves += new
         if len(self._leaves) != len(self._names):
             self._learn_names()
         if any(optimizer is o for o in self._optimizers):
@@ -209,6 +212,11 @@ class Watch:
         self._log.write(
             "optimizer", index=len(self._optimizers) - 1, name=kind, groups=groups, parameters=len(_moved(optimizer))
         )
+
+    def _meet_again(self) -> None:
+        """Optimisers may have got parameters since their last step."""
+        for optimizer in self._optimizers:
+            self._meet(optimizer)
 
     def _note_parameters(self, recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
         cut = cut_off(recorder, optimizer)
