@@ -47,6 +47,7 @@ class Case:
         self.run = run
         self._measures = measures
         self._known: dict[str, Evidence | None] = {}
+        self.reasons: dict[str, str] = {}  # why a quantity is unknown, where that was said
         self._once: dict[Callable[[Case], Any], Any] = {}
         self.steps, self.losses = run.series("loss")
 
@@ -55,8 +56,9 @@ class Case:
         if name not in self._known:
             try:
                 self._known[name] = self._measures[name](self)
-            except TapeError:
+            except (TapeError, ValueError) as error:
                 self._known[name] = None
+                self.reasons[name] = str(error)
         return self._known[name]
 
     def once(self, function: Callable[["Case"], T]) -> T:
@@ -133,8 +135,10 @@ class Case:
             p = counts[counts > 0] / counts.sum()
             return float(-(p * p.log()).sum())
         if kinds == {"mse_loss"}:
-            y = torch.cat([y.flatten().double() for _, y in known])
-            return float(y.var(correction=0))
+            rows = [y.double().reshape(len(y) if y.dim() else 1, -1) for _, y in known]
+            if len({y.shape[1] for y in rows}) > 1:
+                rows = [y.reshape(-1, 1) for y in rows]
+            return float(torch.cat(rows).var(0, correction=0).mean())
         finite = [x for x in self.losses[:10] if math.isfinite(x)]
         return max(finite, default=math.nan)
 

@@ -106,7 +106,8 @@ def _judge(case: Case, h: Hypothesis) -> tuple[str | None, str | None]:
             found = case[p.quantity]
             return p.because(found.value if found is not None else math.nan), None
         if holds is None and p.needed:
-            missing = f"{p.quantity} cannot be measured in this run"
+            why = case.reasons.get(p.quantity)
+            missing = f"{p.quantity} cannot be measured in this run" + (f": {why}" if why else "")
     return None, missing
 
 

@@ -3,12 +3,13 @@
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from unstuck.critical import Escape, escape
-from unstuck.curvature import Operator, eigenpairs
+from unstuck.curvature import eigenpairs, hessian
 from unstuck.diagnosis._case import Case, distinct
 from unstuck.diagnosis._findings import Evidence
 from unstuck.diagnosis._structure import mean_loss
@@ -135,7 +136,7 @@ def drift_gain(case: Case) -> Evidence | None:
         loss = mean_loss([w + 2.0**k / 4 * d for w, d in zip(now.weights, way, strict=True)], case.fixed)
         if not math.isfinite(loss):
             break
-        best = max(best, 1 - loss / base)
+        best = max(best, 1 - loss / base if base > 0 else 0.0)
     return Evidence.exact(
         "drift gain",
         best,
@@ -151,9 +152,14 @@ def curvature_times_rate(case: Case) -> Evidence | None:
         return None
     objective = case.objective(case.fixed, state.weights)
     used = sorted({k for t in case.fixed for k in t.program.reads()})
-    scale = torch.cat([_rates(state.optimizer, k).flatten().expand(state.weights[k].numel()) for k in used])
-    root = scale.sqrt()
-    A = Operator(lambda v: root * objective.product(root * v), objective.size)
+    rates = [_rates(state.optimizer, k) for k in used]
+    known = [r for r in rates if r is not None]
+    if len(known) < len(rates):
+        return None
+    scale = torch.cat([r.flatten().expand(state.weights[k].numel()) for r, k in zip(known, used, strict=True)])
+    root = scale.sqrt().to(objective.point)
+    H = hessian(objective)
+    A = replace(H, matvec=lambda v: root * (H @ (root * v)))
     pairs = eigenpairs(A, largest=1, smallest=1, tol=0.05, max_products=40, generator=torch.Generator().manual_seed(0))
     value, error = float(pairs.values.max()), float(pairs.errors[pairs.values.argmax()])
     return Evidence(
@@ -166,21 +172,26 @@ def curvature_times_rate(case: Case) -> Evidence | None:
     )
 
 
-def _rates(optimizer: Optimizer, parameter: int) -> Tensor:
-    """The effective rate of a parameter's entries: η, over 1 − β with momentum, over √v̂ + ε with Adam."""
+def _rates(optimizer: Optimizer, parameter: int) -> Tensor | None:
+    """The effective rate of a parameter's entries: η, over 1 − β with momentum, over √v̂ + ε with Adam and its kin.
+
+    None where the optimiser keeps what we cannot read a rate from.
+    """
     group = next((g for g, m in zip(optimizer.groups, optimizer.members, strict=True) if parameter in m), None)
     if group is None:
         return torch.zeros(1)
     rate = float(group.get("lr", 0.0))
-    momentum = float(group.get("momentum", 0.0) or 0.0)
+    rate /= 1 - float(group.get("momentum", 0.0) or 0.0)
     kept = optimizer.state.get(parameter, {})
-    if "exp_avg_sq" in kept:
-        beta = group["betas"][1]
-        step = float(kept.get("step", 1))
-        return rate / ((kept["exp_avg_sq"] / (1 - beta**step)).sqrt() + group["eps"])
-    if "square_avg" in kept:
-        return rate / (kept["square_avg"].sqrt() + group["eps"])
-    return torch.full((1,), rate / (1 - momentum))
+    if "exp_avg_sq" in kept and "betas" in group:  # Adam, AdamW, NAdam, RAdam
+        moment = kept.get("max_exp_avg_sq", kept["exp_avg_sq"])
+        return rate / ((moment / (1 - group["betas"][1] ** float(kept.get("step", 1)))).sqrt() + group["eps"])
+    if set(kept) <= {"step", "square_avg", "momentum_buffer", "grad_avg"} and "square_avg" in kept:  # RMSprop
+        moment = kept["square_avg"] - kept["grad_avg"] ** 2 if "grad_avg" in kept else kept["square_avg"]
+        return rate / (moment.sqrt() + group["eps"])
+    if set(kept) <= {"step", "sum"} and "sum" in kept:  # Adagrad
+        return rate / (1 + (float(kept["step"]) - 1) * group["lr_decay"]) / (kept["sum"].sqrt() + group["eps"])
+    return torch.full((1,), rate) if set(kept) <= {"step", "momentum_buffer"} else None
 
 
 def repeats_one_batch(case: Case) -> bool:
@@ -208,7 +219,7 @@ def way_out(case: Case) -> tuple[Escape, Tensor] | None:
 def escape_gain(case: Case) -> Evidence | None:
     """By how much the loss falls along the most negative curvature: the smaller of the two sides."""
     found = case.once(way_out)
-    if found is None:
+    if found is None or found[0].loss <= 0:
         return None
     gains = sorted(1 - loss / found[0].loss for loss in found[0].losses)
     meaning = "share of the loss gained along ± the most negative curvature, the smaller side"
