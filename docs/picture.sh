@@ -10,4 +10,4 @@ cd "$scratch"
 "$unstuck" demo >/dev/null 2>&1
 page=$("$unstuck" report)
 chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --disable-lcd-text --virtual-time-budget=5000 \
-    --force-device-scale-factor=0.9 --window-size=960,2350 --screenshot="$picture" "file://$scratch/$page" 2>/dev/null
+    --force-device-scale-factor=0.75 --window-size=960,2350 --screenshot="$picture" "file://$scratch/$page" 2>/dev/null

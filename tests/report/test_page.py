@@ -122,7 +122,7 @@ def test_a_finding_is_told_with_its_numbers():
 
 def test_the_interval_of_an_effect_is_drawn_where_it_belongs():
     text = page(*CASES["bounces"])
-    row = next(part for part in text.split("<tr>") if "learning rate ÷ 4" in part and "forest" in part)
+    row = next(part for part in text.split("<tr>") if "learning rate ÷\u00a04" in part and "forest" in part)
     line = re.search(r'<line x1="([\d.]+)%" x2="([\d.]+)%"', row)
     dot = re.search(r'<circle cx="([\d.]+)%"', row)
     assert line and dot

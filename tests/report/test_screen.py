@@ -6,10 +6,10 @@ import pytest
 import report_cases as cases
 from rich.console import Console
 
-from unstuck.diagnosis import Arm, Diagnosis, Trial
+from unstuck.diagnosis import Arm, Diagnosis, Evidence, Trial
 from unstuck.report import screen
 from unstuck.report._screen import Spark
-from unstuck.report._words import figures
+from unstuck.report._words import figures, interval
 
 
 def shown(diagnosis: Diagnosis, width: int = 80, *, terminal: bool = False) -> str:
@@ -113,3 +113,21 @@ def test_numbers_are_written_as_by_hand():
     written = {0.0: "0", 0.41: "0.41", 12345.0: "12,300", 999.9: "1,000", 2.13e-5: "2.13×10⁻⁵", -1e6: "−10⁶"}
     assert {x: figures(x) for x in written} == written
     assert [figures(x) for x in (math.nan, math.inf, -math.inf, -0.0)] == ["NaN", "∞", "−∞", "0"]
+
+
+def test_causes_that_one_reason_leaves_unchecked_share_it():
+    text = shown(replace(cases.cut(), not_checked=dict.fromkeys(("saddle", "lr-bounces"), "mend graph-cut first")), 120)
+    assert "Not checked: saddle, lr-bounces (mend graph-cut first)." in text
+
+
+def test_a_control_that_blew_up_leaves_no_percentage():
+    arms = [Arm("as it is", "control", 0.0, 0.0, 0.0, False, (1.0, math.inf))]
+    arms += [Arm("learning rate ÷ 1,000", "remedy", -math.inf, -math.inf, -math.inf, True, (1.0, 0.5))]
+    row = next(line for line in shown(with_arms(*arms)).splitlines() if "÷ 1,000" in line)
+    assert "stays finite" in row and "accepted" in row and "%" not in row and "∞" not in row
+
+
+def test_an_interval_too_narrow_for_its_digits_is_given_as_an_error():
+    assert interval(Evidence("λη", 25.9, 25.8997, 25.9002, 6, "")) == "± 3×10⁻⁴"
+    assert interval(Evidence("λη", 25.9, 25.8, 26.1, 6, "")) == "[25.8, 26.1]"
+    assert interval(Evidence.exact("λη", 25.9, "")) == ""

@@ -20,10 +20,11 @@ from unstuck.report._html import Html, join, json_script, tag
 
 _MEANING = {
     PROVED: "a remedy won its trial against a control",
-    SHOWN: "an experiment decided",
+    SHOWN: "decided by an experiment, or by what PyTorch guarantees",
     SUSPECT: "measured in passing only, no experiment decided",
     CANNOT_TELL: "something needed to decide is missing",
 }
+_LONG = 110  # characters of a claim: more are set smaller
 # Nothing may be loaded from anywhere; the browser enforces it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
@@ -104,7 +105,11 @@ def _finding(finding: Finding, i: int, figures: dict[str, go.Figure]) -> Html:
     where = [" in ", tag("code", words.printable(finding.where))] if finding.where else []
     verdict = [
         tag("p.eyebrow", _badge(finding.word), " ", tag("code.cause", words.printable(finding.code))),
-        tag("h2" if i else "h1", words.printable(finding.claim), attrs={"id": name}),
+        tag(
+            ("h2" if i else "h1") + (".long" if len(finding.claim) > _LONG else ""),
+            words.printable(finding.claim),
+            attrs={"id": name},
+        ),
         tag(
             "p.since",
             words.since(finding),
@@ -175,9 +180,9 @@ def _trial(trial: Trial, name: str) -> Html:
             _table("arms", headings, rows),
             tag(
                 "p.note",
-                "Bars: the change against the control with its 95% interval. Grey band: the same for the null arm, which "
-                "is the control from minutely perturbed weights. An accepted remedy ends lower by 5% or more, and its "
-                "interval lies below 0.",
+                "Bars: the change against the control with its 95% interval. Grey band: the same for the null arm, the "
+                "control from minutely perturbed weights. An accepted remedy ends at least 5% lower, and its interval "
+                "lies below 0.",
             ),
         ]
     )
@@ -199,7 +204,7 @@ def _arm(arm: Arm, look: tuple[str, str], trial: Trial, widest: tuple[float, int
     outcome = words.outcome(arm)
     kind = "accepted" if arm.accepted else "worse" if outcome == "worse" else "plain"
     return _row(
-        tag("span.arm", sample, tag("span", words.printable(arm.remedy))),
+        tag("span.arm", sample, tag("span", words.remedy(arm))),
         tag("td.change", "" if control else words.change(arm.effect)),
         tag("td.interval", "" if control else words.change_interval(arm)),
         tag("td.forest", _forest(arm, look[0], trial, widest[0])),
@@ -229,7 +234,7 @@ def _forest(arm: Arm, colour: str, trial: Trial, half: float) -> Html:
         if null.role == "null" and not math.isnan(null.low + null.high)
     ]
     parts.append('<line class="zero" x1="50%" x2="50%" y1="0" y2="100%"/>')
-    if arm.role != "control" and not math.isnan(arm.effect + arm.low + arm.high):
+    if arm.role != "control" and math.isfinite(arm.effect):
         parts.append(
             f'<line x1="{at(arm.low)}" x2="{at(arm.high)}" y1="50%" y2="50%" stroke="{colour}" stroke-width="3"/>'
         )
@@ -262,20 +267,16 @@ def _run(run: Run, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> Html:
 
 def _checked(diagnosis: Diagnosis) -> Html:
     parts = [tag("h2", "What was checked")]
-    codes = [tag("li", tag("code", words.printable(code))) for code in diagnosis.checked]
-    parts.append(tag("ul.codes", *codes) if codes else tag("p", "No cause could be checked."))
+    parts.append(_codes(diagnosis.checked) if diagnosis.checked else tag("p", "No cause could be checked."))
     if diagnosis.not_checked:
-        rows = [
-            _row(join(_listed(codes)), tag("td", words.printable(because)))
-            for codes, because in words.not_checked(diagnosis)
-        ]
-        parts += [tag("h3", "Not checked"), _table("rivals", ("Cause", "What is missing"), rows)]
+        parts.append(tag("h3", "Not checked"))
+        for listed, because in words.not_checked(diagnosis):
+            parts += [tag("p", words.printable(because)), _codes(listed)]
     return tag("section", *parts)
 
 
-def _listed(codes: Sequence[str]) -> list[str]:
-    """Codes with commas in between."""
-    return [part for code in codes for part in (", ", tag("code", words.printable(code)))][1:]
+def _codes(codes: Sequence[str]) -> Html:
+    return tag("ul.codes", *(tag("li", tag("code", words.printable(code))) for code in codes))
 
 
 def _environment(run: Run) -> Html:

@@ -112,7 +112,7 @@ def _trial(trial: Trial) -> Table:
         style = "bold" if arm.accepted else ""
         control = arm.role == "control"
         table.add_row(
-            Text(textwrap.fill(words.printable(arm.remedy), _NAME), style),
+            Text(textwrap.fill(words.remedy(arm), _NAME).replace("\u00a0", " "), style),
             Spark(arm.curve, low, high),
             Text("" if control else words.change(arm.effect), style),
             Text("" if control else words.change_interval(arm)),

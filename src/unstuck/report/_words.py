@@ -71,6 +71,11 @@ def change_interval(arm: Arm) -> str:
     return f"[{_signed(percent(arm.low))}, {_signed(percent(arm.high))}]"
 
 
+def remedy(arm: Arm) -> str:
+    """The name of an arm; a sign of division or multiplication is not parted from its number."""
+    return printable(arm.remedy).replace("÷ ", "÷\u00a0").replace("× ", "×\u00a0")
+
+
 def outcome(arm: Arm) -> str:
     """What became of an arm, in a word or two."""
     if arm.role == "control":
