@@ -277,6 +277,31 @@ def test_a_count_that_depends_on_the_weights_replays_while_it_is_the_same():
         tape.replay([layer.weight, layer.bias + 100])
 
 
+def test_a_count_taken_without_gradients_steers_too():
+    def body(layer, x):
+        with torch.no_grad():
+            share = len(layer(x)[layer(x) > 0]) / 15
+        return layer(x).sum() * share
+
+    recorder, layer = rooted(body)
+    tape = recorder.finish(Vault())
+    assert float(tape.replay([2 * layer.weight, 2 * layer.bias]).detach()) == 2 * tape.loss
+    with pytest.raises(TapeError, match="another path"):
+        tape.replay([layer.weight, layer.bias + 100])
+
+
+def test_a_number_of_the_step_before_is_for_the_log():
+    layer, x = small()
+    before = layer(x).mean()
+    recorder = Recorder(list(layer.parameters()))
+    with recorder:
+        h = layer(x)
+        assert before.item() != 0
+        recorder.root([h.sum()])
+    recorder.finish(Vault())
+    assert recorder.cuts == []
+
+
 def test_a_large_batch_that_is_overwritten_after_the_step_is_noticed():
     layer, x = nn.Linear(3, 1), torch.randn(3_000_000, 3)
     recorder = Recorder(list(layer.parameters()))
