@@ -24,6 +24,8 @@ from clinic.__main__ import Cell, table
 from clinic.heldout import FAULTY, PROGRAMS
 from unstuck.record import Run
 
+EMPTY = {"findings": [], "seconds": 0, "overhead": {"share": 0}, "not_checked": []}
+
 
 @dataclass(frozen=True)
 class Watched(Cell):
@@ -31,6 +33,7 @@ class Watched(Cell):
 
     others: tuple[str, ...] = ()  # further findings
     trouble: str = ""  # what the watcher could not do, or did to the script
+    unchecked: int = 0  # causes that could not be judged: silence is worth less there
 
     @property
     def right(self) -> bool:
@@ -47,7 +50,7 @@ def examine(program: str, run: str, seed: int) -> Watched:
         command = [sys.executable, "-c", "from unstuck.cli import main; main()", "run"]
         options = ["--out", str(log), "--json", str(out)]
         watched = subprocess.run([*command, *options, *script], capture_output=True, text=True, env=environment)
-        said = json.loads(out.read_text()) if out.exists() else {"findings": [], "seconds": 0, "overhead": {"share": 0}}
+        said = json.loads(out.read_text()) if out.exists() else EMPTY
         trouble = _trouble(plain, watched, Run(log))
     first, *others = said["findings"] or [{"code": "", "word": "", "remedies": []}]
     accepted = [r for r in first["remedies"] if r["accepted"]]
@@ -65,6 +68,7 @@ def examine(program: str, run: str, seed: int) -> Watched:
         overhead=round(float(said["overhead"]["share"]), 3),
         others=tuple(f["code"] for f in others),
         trouble=trouble,
+        unchecked=len(said["not_checked"]),
     )
 
 

@@ -1,5 +1,6 @@
 """A run laid open for questions: the weights as they stand, the recorded batches, and what was measured of them."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,17 @@ class Case:
             return float(torch.cat(rows).var(0, correction=0).mean())
         finite = [x for x in self.losses[:10] if math.isfinite(x)]
         return max(finite, default=math.nan)
+
+
+def rebuilt(state: State, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """The run's optimiser, with its state, over `weights` (leaves); ValueError where it cannot take recorded steps."""
+    if state.optimizer is None:
+        raise ValueError("the run's optimiser is needed; it had none, or several")
+    optimizer = state.optimizer.build(weights)
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(f"{type(optimizer).__name__} steps through a closure, which recorded steps cannot give it")
+    return optimizer
 
 
 def distinct(tapes: Sequence[Tape]) -> tuple[Tape, ...]:

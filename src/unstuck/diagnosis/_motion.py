@@ -10,11 +10,11 @@ from torch import Tensor
 
 from unstuck.critical import Escape, escape
 from unstuck.curvature import eigenpairs, hessian
-from unstuck.diagnosis._case import Case, distinct
+from unstuck.diagnosis._case import Case, distinct, rebuilt
 from unstuck.diagnosis._findings import Evidence
 from unstuck.diagnosis._structure import mean_loss
 from unstuck.objective import Tape
-from unstuck.record import Optimizer
+from unstuck.record import Optimizer, State
 
 CAP = 4096.0  # the largest multiple of an update that is tried
 WINDOW = 1 / 3  # of the run, at its end: the stretch over which the loss must have stopped falling
@@ -62,15 +62,13 @@ def rise(case: Case) -> Evidence | None:
     return Evidence.exact("rise of the loss", worst, "the worst loss over the first", n=len(case.losses))
 
 
-def update(case: Case, tape: Tape, weights: Sequence[Tensor]) -> list[Tensor] | None:
-    """What the run's optimiser, with its state, would do to `weights` on a tape."""
-    if case.state is None or case.state.optimizer is None:
-        return None
-    leaves = [w.detach().clone().requires_grad_(w.is_floating_point()) for w in weights]
-    optimizer = case.state.optimizer.build(leaves)
+def update(state: State, tape: Tape) -> list[Tensor]:
+    """What the run's optimiser, with its state, would do to the weights on a tape."""
+    leaves = [w.detach().clone().requires_grad_(w.is_floating_point()) for w in state.weights]
+    optimizer = rebuilt(state, leaves)
     tape.replay(leaves).backward()
     optimizer.step()
-    return [(a.detach() - b) for a, b in zip(leaves, weights, strict=True)]
+    return [(a.detach() - b) for a, b in zip(leaves, state.weights, strict=True)]
 
 
 def head_room(case: Case) -> Evidence | None:
@@ -92,10 +90,7 @@ def _head_room(case: Case, name: str, meaning: str, *, shift: int) -> Evidence |
         return None
     found: list[float] = []
     for k, tape in enumerate(tapes[:5]):
-        step = update(case, tape, state.weights)
-        if step is None:
-            return None
-        found.append(_crossing(state.weights, step, tapes[(k + shift) % len(tapes)]))
+        found.append(_crossing(state.weights, update(state, tape), tapes[(k + shift) % len(tapes)]))
     return Evidence(name, statistics.median(found), min(found), max(found), len(found), meaning)
 
 
