@@ -49,11 +49,13 @@ def run(
     done = run_script(script, args or [], folder=out, budget=budget)
     console = _console()
     if done.run is None:
-        console.print("unstuck: the run folder could not be written: there is nothing to diagnose.")
+        console.print("unstuck: the run folder could not be written: there is nothing to diagnose.", soft_wrap=True)
         raise typer.Exit(done.status)
     if done.run.steps == 0:
         console.print(
-            f"unstuck: no step of a torch.optim optimiser was seen in {script}: there is nothing to diagnose."
+            f"unstuck: no step of a torch.optim optimiser was seen in {script}: there is nothing to diagnose.",
+            markup=False,
+            soft_wrap=True,
         )
         if json_out is not None:
             _write_json(diagnose(done.run), json_out)
@@ -63,7 +65,7 @@ def run(
     try:
         fault = _is_fault(_verdict(done.run, console, json_out))
     except Exception as error:  # whatever it is, the status stays the script's own
-        console.print(f"unstuck: the diagnosis failed: {type(error).__name__}: {error}", markup=False)
+        console.print(f"unstuck: the diagnosis failed: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(done.status) from None
     raise typer.Exit(1 if check and fault and done.status == 0 else done.status)
 
@@ -157,7 +159,7 @@ def _diagnosed(recorded: "Run", console: Console) -> "Diagnosis":
     try:
         (recorded.folder / DIAGNOSIS).write_text(dumps(result.to_json()), encoding="utf-8")
     except OSError as error:
-        console.print(f"unstuck: the diagnosis could not be saved: {error}")
+        console.print(f"unstuck: the diagnosis could not be saved: {error}", markup=False, soft_wrap=True)
     return result
 
 

@@ -10,7 +10,6 @@ from training_programs import PROGRAMS
 
 import unstuck
 
-
 UNRECORDED = ("by hand without an optimiser", "closure", "steps inside backward")
 
 

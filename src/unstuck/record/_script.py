@@ -33,13 +33,14 @@ def run_script(
     An exception in the script is printed as Python prints it. ValueError where it cannot be read or does not compile.
     """
     path = Path(script)
-    code = _compiled(path)
+    file = str(script) if path.is_absolute() else f"{Path.cwd()}/{script}"  # as Python calls it, `./` and all
+    code = _compiled(path, file)
     process = os.getpid()
     place = new_folder(path.stem) if folder is None else folder
     watcher = Watch(place, budget=budget)
-    watcher.start(str(path), argv)
+    watcher.start(str(script), argv)
     outcome, status = "finished", 0
-    with _as_main(path, argv) as main:
+    with _as_main(file, [str(script), *argv]) as main:
         try:
             exec(code, main.__dict__)
         except SystemExit as stop:
@@ -59,9 +60,9 @@ def run_script(
     return Outcome(Run(place) if (place / NAME).is_file() else None, status, outcome == "interrupted")
 
 
-def _compiled(path: Path) -> CodeType:
+def _compiled(path: Path, file: str) -> CodeType:
     try:
-        return compile(path.read_bytes(), str(path.absolute()), "exec", dont_inherit=True)
+        return compile(path.read_bytes(), file, "exec", dont_inherit=True)
     except OSError as error:
         raise ValueError(f"a Python script was needed, but {path} cannot be read: {error.strerror}") from None
     except (SyntaxError, ValueError) as error:
@@ -69,16 +70,14 @@ def _compiled(path: Path) -> CodeType:
 
 
 @contextlib.contextmanager
-def _as_main(path: Path, argv: Sequence[str]) -> Iterator[ModuleType]:
+def _as_main(file: str, argv: list[str]) -> Iterator[ModuleType]:
     """The module that the script runs in, in place as the main program."""
     was = sys.argv, sys.path[:], sys.modules["__main__"]
-    file = str(path.absolute())
     main = ModuleType("__main__")
-    main.__dict__.update(
-        __file__=file, __builtins__=builtins, __cached__=None, __loader__=SourceFileLoader("__main__", file)
-    )
-    sys.argv, sys.modules["__main__"] = [str(path), *argv], main
-    sys.path[0] = str(path.resolve().parent)
+    loader = SourceFileLoader("__main__", file)
+    main.__dict__.update(__file__=file, __builtins__=builtins, __annotations__={}, __cached__=None, __loader__=loader)
+    sys.argv, sys.modules["__main__"] = argv, main
+    sys.path[0] = str(Path(file).resolve().parent)
     try:
         yield main
     finally:
