@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unstuck.curvature import Eigenpairs, Operator, dense, eigenpairs, hessian
-from unstuck.objective._objective import Objective
+from unstuck.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)

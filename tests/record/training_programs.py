@@ -93,7 +93,7 @@ def transformer():
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
             optimizer.step()
-            if step % 100 == 0:
+            if step == 100:
                 model.eval()
                 with torch.no_grad():  # torch takes another path here, unless a mode listens
                     log.append(model(ids).sum().item())

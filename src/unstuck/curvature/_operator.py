@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unstuck.objective._objective import Objective
+from unstuck.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)
