@@ -187,6 +187,10 @@ class TestInputDependence:
         found = self.of(tmp_path, self.linear([0.5], [7.0]), x, 2 * x, fit)
         assert found.value == pytest.approx(0.5**2 / 2**2)
 
+    def test_a_single_output_whose_targets_never_differ_has_none_to_show(self, tmp_path):
+        x = torch.randn(32, 1)
+        assert self.of(tmp_path, self.linear([0.5], [7.0]), x, torch.ones(32, 1), fit) is None
+
     def test_a_single_output_wider_than_its_targets_counts_as_one(self, tmp_path):
         x = torch.tensor([1.0, -1.0]).repeat(16)[:, None]
         assert self.of(tmp_path, self.linear([9.0], [0.0]), x, x, fit).value == 1

@@ -239,7 +239,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"Needy.* cannot be built again"):
             run_trial(known, [NOTHING])
 
-    def test_one_that_steps_through_a_closure(self, tmp_path):
+    def test_one_that_calls_backward_itself(self, tmp_path):
         torch.manual_seed(0)
         model, (x, y) = mlp(), blobs(60)
         optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
@@ -251,7 +251,7 @@ class TestRefusals:
             return loss
 
         known = case(recorded(tmp_path, lambda: [optimizer.step(closure) for _ in range(12)]))
-        with pytest.raises(ValueError, match="closure|recorded steps"):
+        with pytest.raises(ValueError, match=r"8 recorded steps.* has 0"):
             run_trial(known, [NOTHING])
         assert known["head-room"] is None
 

@@ -1,6 +1,5 @@
 """A run laid open for questions: the weights as they stand, the recorded batches, and what was measured of them."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ class Case:
         self._known: dict[str, Evidence | None] = {}
         self.reasons: dict[str, str] = {}  # why a quantity is unknown, where that was said
         self._once: dict[Callable[[Case], Any], Any] = {}
-        self.steps, self.losses = run.series("loss")
+        self.steps, self.losses = _losses(run)
 
     def __getitem__(self, name: str) -> Evidence | None:
         """The quantity, or None where this run cannot tell it."""
@@ -144,15 +143,20 @@ class Case:
         return max(finite, default=math.nan)
 
 
+def _losses(run: Run) -> tuple[list[int], list[float]]:
+    """Steps and losses of the optimiser that has most of them: those of another (in a GAN) are of another function."""
+    known = [e for e in run.of("step") if e.get("loss") is not None]
+    owners = [e.get("optimizer", 0) for e in known]
+    owner = max(dict.fromkeys(owners), key=owners.count, default=0)
+    mine = [e for e, o in zip(known, owners, strict=True) if o == owner]
+    return [e["step"] for e in mine], [float(e["loss"]) for e in mine]
+
+
 def rebuilt(state: State, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """The run's optimiser, with its state, over `weights` (leaves); ValueError where it cannot take recorded steps."""
+    """The run's optimiser, with its state, over `weights` (leaves); ValueError where there is none."""
     if state.optimizer is None:
         raise ValueError("the run's optimiser is needed; it had none, or several")
-    optimizer = state.optimizer.build(weights)
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(f"{type(optimizer).__name__} steps through a closure, which recorded steps cannot give it")
-    return optimizer
+    return state.optimizer.build(weights)
 
 
 def distinct(tapes: Sequence[Tape]) -> tuple[Tape, ...]:

@@ -82,7 +82,7 @@ def symptom(case: Case) -> str | None:
     at_chance = level is None or level.value > 0.8
     if rise is not None and (math.isinf(rise.value) or (rise.value >= 10 and at_chance)):
         return DIVERGED
-    if dependence is not None and dependence.value < DEPENDS and at_chance:
+    if dependence is not None and dependence.value < DEPENDS and level is not None and at_chance:
         return BLIND
     trend = case["trend"]
     flat = trend is not None and (trend.value > -0.15 or trend.high > 0.3)

@@ -86,6 +86,8 @@ def input_dependence(case: Case) -> Evidence | None:
     if o.shape[1] == 1:  # one output: its spread against that of the targets
         targets = case.once(take_census).targets
         whole = float(torch.cat(targets).var(correction=0)) if targets else whole
+        if whole == 0 and targets:
+            return None  # as in one half of a GAN's loss: the targets ask for no dependence
     share = 0.0 if across < 1e-12 or whole == 0 else min(across / whole, 1.0)
     return Evidence.exact(
         "input dependence", share, "share of the outputs' variance that comes from the inputs", n=len(o)
