@@ -21,5 +21,5 @@ readme.write_text(re.sub(r"```text\n.*?```", lambda _: f"```text\n{screen}\n```"
 PYTHON
 page=$("$root/.venv/bin/unstuck" report)
 chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --disable-lcd-text --virtual-time-budget=5000 \
-    --force-device-scale-factor=0.75 --window-size=960,2350 \
+    --force-device-scale-factor=0.75 --window-size=960,2295 \
     --screenshot="$root/docs/report.png" "file://$scratch/$page" 2>/dev/null

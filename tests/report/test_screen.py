@@ -50,7 +50,7 @@ def test_an_effect_is_told_as_a_change_of_the_loss():
 def test_arms_that_diverge_or_cannot_be_compared_say_so():
     arms = [Arm("control", "control", 0.0, 0.0, 0.0, False, (1.0, 0.9))]
     arms += [Arm("to infinity", "remedy", math.inf, math.inf, math.inf, False, (1.0, math.inf))]
-    arms += [Arm("to nowhere", "remedy", math.nan, math.nan, math.nan, False, (1.0, math.nan))]
+    arms += [Arm("to nowhere", "remedy", math.nan, math.nan, math.nan, False, (1.0, 0.9))]
     arms += [Arm("far up", "remedy", math.log(12.0), math.log(9.0), math.log(16.0), False, (1.0, 11.0))]
     lines = {line.strip()[:8]: line for line in shown(with_arms(*arms)).splitlines()}
     assert "blows up" in lines["to infin"] and "worse" in lines["to infin"] and "×" in lines["to infin"]
@@ -121,10 +121,13 @@ def test_causes_that_one_reason_leaves_unchecked_share_it():
 
 
 def test_a_control_that_blew_up_leaves_no_percentage():
-    arms = [Arm("as it is", "control", 0.0, 0.0, 0.0, False, (1.0, math.inf))]
+    arms = [Arm("goes on", "control", 0.0, 0.0, 0.0, False, (1.0, 40.0, 900.0))]
     arms += [Arm("learning rate ÷ 1,000", "remedy", -math.inf, -math.inf, -math.inf, True, (1.0, 0.5))]
-    row = next(line for line in shown(with_arms(*arms)).splitlines() if "÷ 1,000" in line)
+    control, row = (
+        next(line for line in shown(with_arms(*arms)).splitlines() if name in line) for name in ("goes on", "÷ 1,000")
+    )
     assert "stays finite" in row and "accepted" in row and "%" not in row and "∞" not in row
+    assert "blows up" in control and "×" in control
 
 
 def test_an_interval_too_narrow_for_its_digits_is_given_as_an_error():

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -200,14 +201,14 @@ def _arm(arm: Arm, look: tuple[str, str], trial: Trial, widest: tuple[float, int
         f'<svg class="look" width="28" height="10" aria-hidden="true"><line x1="0" x2="28" y1="5" y2="5" '
         f'stroke="{look[0]}" stroke-width="3" stroke-dasharray="{_DASHES[look[1]]}"/></svg>'
     )
-    control = arm.role == "control"
+    blown = words.blew_up(arm, trial)
     outcome = words.outcome(arm)
     kind = "accepted" if arm.accepted else "worse" if outcome == "worse" else "plain"
     return _row(
         tag("span.arm", sample, tag("span", words.remedy(arm))),
-        tag("td.change", "" if control else words.change(arm.effect)),
-        tag("td.interval", "" if control else words.change_interval(arm)),
-        tag("td.forest", _forest(arm, look[0], trial, widest[0])),
+        tag("td.change", words.ends(arm, trial)),
+        tag("td.interval", "" if blown else words.change_interval(arm)),
+        tag("td.forest", _forest(replace(arm, effect=math.nan) if blown else arm, look[0], trial, widest[0])),
         tag(f"td.outcome.{kind}", outcome),
     )
 

@@ -110,12 +110,12 @@ def _trial(trial: Trial) -> Table:
     low, high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]  # one wild batch must not flatten the rest
     for arm in trial.arms:
         style = "bold" if arm.accepted else ""
-        control = arm.role == "control"
+        curve = (*arm.curve, math.nan) if words.blew_up(arm, trial) else arm.curve
         table.add_row(
             Text(textwrap.fill(words.remedy(arm), _NAME).replace("\u00a0", " "), style),
-            Spark(arm.curve, low, high),
-            Text("" if control else words.change(arm.effect), style),
-            Text("" if control else words.change_interval(arm)),
+            Spark(curve, low, high),
+            Text(words.ends(arm, trial), style),
+            Text("" if words.blew_up(arm, trial) else words.change_interval(arm)),
             Text(
                 words.outcome(arm), "bold green" if arm.accepted else "red" if words.outcome(arm) == "worse" else "dim"
             ),

@@ -64,9 +64,23 @@ def change(effect: float) -> str:
     return f"{size}% {'lower' if p < 0 else 'higher'}"
 
 
+def ends(arm: Arm, trial: Trial) -> str:
+    """Where an arm ends, in two or three words; nothing for a control that goes on as it was."""
+    if blew_up(arm, trial):
+        return "blows up"
+    return "" if arm.role == "control" else change(arm.effect)
+
+
+def blew_up(arm: Arm, trial: Trial) -> bool:
+    """Whether an arm was given up because its loss rose out of all bounds."""
+    curve = arm.curve
+    short = 0 < len(curve) < trial.steps + trial.cooldown
+    return short and not curve[-1] <= curve[0]
+
+
 def change_interval(arm: Arm) -> str:
     """The interval of an arm's effect in percent: `[−45, −30]`; nothing where the effect is no finite number."""
-    if not math.isfinite(arm.effect):
+    if not math.isfinite(arm.effect) or arm.role == "control":
         return ""
     return f"[{_signed(percent(arm.low))}, {_signed(percent(arm.high))}]"
 
