@@ -51,7 +51,7 @@ def test_arms_that_diverge_or_cannot_be_compared_say_so():
     arms = [Arm("control", "control", 0.0, 0.0, 0.0, False, (1.0, 0.9))]
     arms += [Arm("to infinity", "remedy", math.inf, math.inf, math.inf, False, (1.0, math.inf))]
     arms += [Arm("to nowhere", "remedy", math.nan, math.nan, math.nan, False, (1.0, 0.9))]
-    arms += [Arm("far up", "remedy", math.log(12.0), math.log(9.0), math.log(16.0), False, (1.0, 11.0))]
+    arms += [Arm("far up", "remedy", math.log(12.0), math.log(9.0), math.log(16.0), False, 90 * (11.0,))]
     lines = {line.strip()[:8]: line for line in shown(with_arms(*arms)).splitlines()}
     assert "blows up" in lines["to infin"] and "worse" in lines["to infin"] and "×" in lines["to infin"]
     assert "not comparable" in lines["to nowhe"] and "[" not in lines["to nowhe"]
