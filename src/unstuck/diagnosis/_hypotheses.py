@@ -209,7 +209,6 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         "Start again with a learning rate that the trial accepts; warm-up or clipping helps an unstable start.",
         lambda case: [remedies.rate(case.start, 1 / k) for k in (10, 100, 1000)],
         origin=lambda case: case.start,
-        decisive=True,
     ),
     Hypothesis(
         "zero-init",

@@ -55,7 +55,9 @@ def level(case: Case) -> Evidence | None:
 
 def rise(case: Case) -> Evidence | None:
     """The worst loss against the one the run began with; infinite where it stopped being finite."""
-    if len(case.losses) < 2 or not math.isfinite(case.losses[0]) or case.losses[0] <= 0:
+    if case.losses and not math.isfinite(case.losses[0]):
+        return Evidence.exact("rise of the loss", math.inf, "the loss was never a number", n=len(case.losses))
+    if len(case.losses) < 2 or case.losses[0] <= 0:
         return None
     bad = any(not math.isfinite(x) for x in case.losses)
     worst = math.inf if bad else max(case.losses) / case.losses[0]
