@@ -237,21 +237,19 @@ def test_a_stored_gradient_in_the_loss_is_refused():
         recorder.finish(Vault())
 
 
-def test_a_compiled_region_is_refused_and_computes_what_it_did():
+def test_a_region_compiled_without_code_of_its_own_is_seen_through():
+    """backend="eager" calls torch again; a region with code of its own shows as a custom function and is refused."""
     layer, x = small()
-    expected = layer(x).tanh().sum()
     compiled = torch.compile(lambda z: layer(z).tanh(), backend="eager")
-    torch.testing.assert_close(compiled(x).sum(), expected)
-    recorder = Recorder(list(layer.parameters()))
-    with recorder:
-        loss = compiled(x).sum()
-        recorder.root([loss])
-    torch.testing.assert_close(loss, expected)
     try:
-        tape = recorder.finish(Vault())
-    except TapeError:
-        return
-    assert float(tape.replay(list(layer.parameters()))) == float(loss)
+        recorder = Recorder(list(layer.parameters()))
+        with recorder:
+            loss = compiled(x).sum()
+            recorder.root([loss])
+    finally:
+        torch._dynamo.reset()
+    torch.testing.assert_close(loss, layer(x).tanh().sum())
+    assert float(recorder.finish(Vault()).replay(list(layer.parameters())).detach()) == float(loss.detach())
 
 
 def test_a_flag_replays_while_the_answer_is_the_same():
