@@ -95,6 +95,11 @@ class Vault:
         return kept, None
 
 
+def memory_of(tensor: Tensor) -> int:
+    """Where the memory that a tensor lies in begins, the same for tensors that share it through numpy; 0 for none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+
+
 def version_of(tensor: Tensor) -> int:
     """How often the tensor was written into; -1 where torch does not count."""
     return -1 if tensor.is_inference() else tensor._version

@@ -14,6 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -50,14 +51,13 @@ from unstuck.objective._graph import (
     compact_bytes,
     compile_tape,
     copied,
+    memory_of,
     quoted,
     steering,
     version_of,
     versions_of,
 )
 from unstuck.objective._program import Program, Slice, Slot, Tape, TapeError, generator_state, tensors
-
-__all__ = ["Recorder", "Vault", "caller"]
 
 _PLAIN = (bool, int, float, complex, str, range, type(None), type(...), torch.dtype, torch.device, torch.layout)
 _LITERALS = frozenset((*_PLAIN, torch.memory_format))
@@ -75,6 +75,9 @@ class Recorder(TorchFunctionMode):
         self.leaves = leaves
         self.cuts: list[tuple[str, str]] = []
         self.used: set[int] = set()  # slots of the parameters that some call took
+        self.calls = 0
+        self.seconds = 0.0  # spent in here beside the calls themselves
+        self._outside = 0.0  # what the calls themselves took
         self._known: dict[int, Slot | Made] = {id(p): Slot(k) for k, p in enumerate(leaves)}  # live tensors by id
         self._alive: dict[int, weakref.ref[Tensor]] = {}  # these take dead tensors out of `_known`
         self._held: dict[int, list[weakref.ref[Taken]]] = {}  # constants by their memory
@@ -93,19 +96,24 @@ class Recorder(TorchFunctionMode):
         self._off = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self._off:
-            return func(*args, **kwargs)
+        if self._off or torch.compiler.is_compiling():  # the compiler looks into function modes
+            return func(*args, **(kwargs or {}))
+        began, self._outside, self.calls = perf_counter(), 0.0, self.calls + 1
+        result = self._see(func, args, kwargs or {})
+        self.seconds += perf_counter() - began - self._outside
+        return result
+
+    def _see(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, attribute = label(func)
         if attribute in PROPERTIES or name in METADATA:
             if self._elastic and (attribute or name) in SHAPES:
                 return self._look(func, attribute or name, args, kwargs)
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         if name == "backward":
             return self._backward(func, args, kwargs)
         given = tensors((*args, kwargs) if kwargs else args)
         if not given:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         try:
             touched = self._touched(given)
             if attribute:
@@ -115,8 +123,14 @@ class Recorder(TorchFunctionMode):
         except Exception as error:
             touched = self._failed(name, error)
         if not touched or self._refusal is not None:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         return self._record(func, name, args, kwargs, given)
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        began = perf_counter()
+        result = func(*args, **kwargs)
+        self._outside += perf_counter() - began  # not our time
+        return result
 
     def root(self, roots: Sequence[Tensor]) -> None:
         """Notes what backward() is called on."""
@@ -184,7 +198,7 @@ class Recorder(TorchFunctionMode):
             self._refuse("backward() was given weights or chosen inputs")
         self._off = True  # hooks and recomputation inside backward are not part of the forward
         try:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         finally:
             self._off = False
 
@@ -213,7 +227,7 @@ class Recorder(TorchFunctionMode):
         return None if written is None else self._view(tensor, written.base, [written.by])
 
     def _last_write(self, tensor: Tensor) -> Written | None:
-        written = self._written.get(_memory(tensor)) if self._written else None
+        written = self._written.get(memory_of(tensor)) if self._written else None
         return None if written is None or written.storage.expired() else written
 
     def _view(self, tensor: Tensor, base: Taken | None, needs: list[Call]) -> Made:
@@ -228,7 +242,7 @@ class Recorder(TorchFunctionMode):
     def _preserve(self, name: str, args: Any, given: Sequence[Tensor], *, touched: bool) -> bool:
         """Readies the constants that a call is about to write into; whether the call must be recorded."""
         for tensor in tensors(args[0]) if args and name not in STATISTICS else given:
-            key = _memory(tensor)
+            key = memory_of(tensor)
             if not key or id(tensor) in self._known or tensor.requires_grad:
                 continue
             held = [taken for ref in self._held.pop(key, ()) if (taken := ref()) is not None and taken.before is None]
@@ -277,7 +291,7 @@ class Recorder(TorchFunctionMode):
     def _constant(self, tensor: Tensor, call: Call) -> Taken:
         if tensor.grad_fn is not None:
             call.refusal = unseen(tensor)
-        version, key = version_of(tensor), _memory(tensor)
+        version, key = version_of(tensor), memory_of(tensor)
         held = [ref for ref in self._held.get(key, ()) if ref() is not None]
         for taken in (ref() for ref in held):
             if taken is not None and taken.tensor is tensor and taken.version == version:
@@ -333,7 +347,7 @@ class Recorder(TorchFunctionMode):
             state = generator_state(given[0].device) if may_draw(func, name) else None
         except Exception as error:
             self._failed(name, error)
-        result = func(*args, **kwargs)
+        result = self._call(func, args, kwargs)
         if self._refusal is None:
             try:
                 if state is not None and not torch.equal(state, generator_state(given[0].device)):
@@ -348,7 +362,7 @@ class Recorder(TorchFunctionMode):
         made = tensors(result)
         call.versions = tuple(versions_of(made))
         if call.name == "data":
-            self._apart[_memory(given[0])] = StorageWeakRef(given[0].untyped_storage())
+            self._apart[memory_of(given[0])] = StorageWeakRef(given[0].untyped_storage())
         for k, tensor in enumerate(made):
             self._note_made(tensor, Made(call, k))
         now = versions_of(given)
@@ -367,7 +381,7 @@ class Recorder(TorchFunctionMode):
     def _note_made(self, tensor: Tensor, made: Made) -> None:
         if type(self._known.get(id(tensor))) is not Slot:
             self._register(tensor, made)
-        for ref in self._held.get(_memory(tensor), ()) if self._held else ():
+        for ref in self._held.get(memory_of(tensor), ()) if self._held else ():
             if (taken := ref()) is not None:
                 taken.viewed = True  # a constant's memory is seen through what the call made
 
@@ -379,7 +393,7 @@ class Recorder(TorchFunctionMode):
         return made
 
     def _note_write(self, call: Call, tensor: Tensor) -> None:
-        key = _memory(tensor)
+        key = memory_of(tensor)
         slots = self._parameters_at(key)
         if call.name == "set_data_" and type(leaf := self._known.get(id(tensor))) is Slot:
             slots = [leaf.at]
@@ -406,7 +420,7 @@ class Recorder(TorchFunctionMode):
         if sum(map(len, self._owners.values())) != len(self.leaves):
             self._owners = {}
             for slot, parameter in enumerate(self.leaves):
-                self._owners.setdefault(_memory(parameter), []).append(slot)
+                self._owners.setdefault(memory_of(parameter), []).append(slot)
         return self._owners.get(key, [])
 
     def _note_read(self, call: Call, result: Any) -> None:
@@ -430,10 +444,5 @@ class Recorder(TorchFunctionMode):
         """A shape that is read."""
         leaf = self._known.get(id(args[0]))
         if type(leaf) is not Made or not leaf.call.elastic:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         return self._record(func, name, args, kwargs, [args[0]])
-
-
-def _memory(tensor: Tensor) -> int:
-    """Where the memory that a tensor lies in begins, the same for tensors that share it through numpy; 0 for none."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
