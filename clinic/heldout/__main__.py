@@ -21,7 +21,7 @@ from rich.console import Console
 
 from clinic import FAULTS
 from clinic.__main__ import Cell, table
-from clinic.heldout import FAULTY, PROGRAMS
+from clinic.heldout import ENDS_AS, FAULTY, PROGRAMS
 from unstuck.record import Run
 
 EMPTY = {"findings": [], "seconds": 0, "overhead": {"share": 0}, "not_checked": []}
@@ -59,7 +59,7 @@ def examine(program: str, run: str, seed: int) -> Watched:
         program=program,
         run=run,
         seed=seed,
-        expected=run if run in FAULTS else "",
+        expected=ENDS_AS.get((program, run), run) if run in FAULTS else "",
         found=first["code"],
         word=first["word"],
         remedy=best["remedy"],

@@ -36,7 +36,7 @@ def main():
         images[5, 0, 2, 2] = float("inf")
     loader = DataLoader(TensorDataset(images), batch_size=48, shuffle=True, drop_last=False)
     encoder, decoder = build(args.fault)
-    rate = {"lr-diverges": 1e3, "lr-bounces": 0.1, "lr-too-small": 1e-6}.get(args.fault, 3e-3)
+    rate = {"lr-diverges": 1e3, "lr-bounces": 0.2, "lr-too-small": 1e-6}.get(args.fault, 3e-3)
     parameters = [*encoder.parameters(), *decoder.parameters()]
     if args.fault == "parameters-not-optimised":
         parameters = list(decoder.parameters())

@@ -20,7 +20,6 @@ chars = sorted(set(text))
 data = torch.tensor([chars.index(c) for c in text])
 context, width = 32, 32
 rate = {"lr-diverges": 1e4, "lr-bounces": 0.3, "lr-too-small": 2e-6}.get(args.fault, 3e-3)
-spread = {"saddle": 1e-6, "zero-init": 0.0}.get(args.fault)
 
 
 class Block(nn.Module):
@@ -55,9 +54,9 @@ class Model(nn.Module):
 
 
 model = Model()
-if spread is not None:
+if args.fault == "zero-init":
     for p in model.parameters():
-        nn.init.normal_(p, std=spread)
+        nn.init.zeros_(p)
 optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
 if args.fault == "lr-diverges":
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)

@@ -28,7 +28,7 @@ if a.fault in ("saddle", "zero-init"):
         torch.nn.init.normal_(w, std=1e-8 if a.fault == "saddle" else 0.0)
 if a.fault == "dead-units":
     torch.nn.init.constant_(net[0].bias, -15.0)
-lr = {"lr-diverges": 3.0, "lr-bounces": 0.18, "lr-too-small": 1e-6, "saddle": 1e-3}.get(a.fault, 0.005)
+lr = {"lr-diverges": 3.0, "lr-bounces": 0.12, "lr-too-small": 1e-6, "saddle": 1e-3}.get(a.fault, 0.005)
 sgd = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-3)
 if a.fault == "parameters-not-optimised":
     net[0] = torch.nn.Linear(10, 24)

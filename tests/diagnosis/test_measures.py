@@ -46,6 +46,19 @@ class TestHeadRoom:
     def test_tiny_steps_meet_the_cap(self, tmp_path):
         assert descend(tmp_path, 1e-6)["head-room"].value == 4096
 
+    def test_steps_that_change_the_loss_by_less_than_its_last_digit_still_have_it(self, tmp_path):
+        """In single precision the gain of a tiny step is rounded away: that is not a loss that rises."""
+        w = torch.tensor([1.0], requires_grad=True)
+        optimizer = torch.optim.SGD([w], lr=1e-9)
+
+        def loop():
+            for _ in range(4):
+                optimizer.zero_grad()
+                (100 + w * w).sum().backward()
+                optimizer.step()
+
+        assert case(recorded(tmp_path, loop))["head-room"].value == 4096
+
     def test_steps_sixteen_times_too_long_have_none(self, tmp_path):
         assert descend(tmp_path, 20.0)["head-room"].value == 0
 
@@ -221,6 +234,14 @@ class TestUnits:
         assert self.still(tmp_path, model, x, y)["saturation"].value == pytest.approx(
             float((slope < 0.01).float().mean())
         )
+
+    @pytest.mark.parametrize(("weight", "share"), [(8.0, 0.0), (0.0, 1.0)], ids=["seeing", "blind"])
+    def test_saturated_units_are_at_rest_only_in_a_network_that_sees_nothing(self, tmp_path, weight, share):
+        model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+        model[0].weight.data *= weight
+        model[0].bias.data[:] = 20.0 if not weight else 0.0
+        known = self.still(tmp_path, model, *blobs(64))
+        assert known["units at rest"].value == share
 
     def test_the_signal_is_the_rms_before_an_activation(self, tmp_path):
         model, (x, y) = mlp(), blobs(64)

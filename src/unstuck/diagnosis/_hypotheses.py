@@ -13,7 +13,7 @@ from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
 DIVERGED, BLIND, STUCK = "diverged", "blind", "stuck"  # symptoms
-DEPENDS = 0.002  # the least share of the outputs' variance that inputs must account for
+DEPENDS = structure.DEPENDS
 GENUINE = 0.05  # a saddle leads down to both sides by this share of the loss
 
 MEASURES: dict[str, Measure] = {
@@ -23,6 +23,7 @@ MEASURES: dict[str, Measure] = {
     "input dependence": structure.input_dependence,
     "dead units": structure.dead_share,
     "saturation": structure.saturation,
+    "units at rest": structure.at_rest,
     "smallest signal": structure.smallest_scale,
     "signal into the dead layer": structure.dead_signal,
     "relative gradient": structure.relative_gradient,
@@ -127,9 +128,9 @@ def _revived(case: Case) -> list[Remedy]:
 
 def _killed(case: Case) -> str:
     return (
-        f"An earlier step destroyed the network: {_value(case, 'dead units'):.0%} of a layer's units are dead, and the "
-        f"weights are {plain(_value(case, 'growth of the weights'))} times as long as at the start. A lower rate from "
-        "here cures nothing."
+        f"An earlier step destroyed the network: {_value(case, 'units at rest'):.0%} of a layer's units are dead or "
+        f"saturated, and the weights are {plain(_value(case, 'growth of the weights'))} times as long as at the start. "
+        "A lower rate from here cures nothing."
     )
 
 
@@ -207,7 +208,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (Prediction("rise of the loss", 10, INF, "the loss never rose far above its start ({shown} times at worst)"),),
         _diverged,
         "Start again with a learning rate that the trial accepts; warm-up or clipping helps an unstable start.",
-        lambda case: [remedies.rate(case.start, 1 / k) for k in (10, 100, 1000)],
+        lambda case: [remedies.rate(case.start, 1 / k) for k in (10, 100, 1000, 100_000)],
         origin=lambda case: case.start,
     ),
     Hypothesis(
@@ -250,7 +251,11 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(
         "killed",
         (BLIND, STUCK),
-        (DEATH, SIGNAL, Prediction("growth of the weights", 8, INF, "the weights have not grown ({shown}-fold)")),
+        (
+            Prediction("units at rest", 0.9, 1, "the units are alive ({value:.0%} of the worst layer are at rest)"),
+            SIGNAL,
+            Prediction("growth of the weights", 8, INF, "the weights have not grown ({shown}-fold)"),
+        ),
         _killed,
         "Start again from the beginning with a lower learning rate.",
         lambda case: [remedies.rate(case.start, 1 / k) for k in (10, 30)],
@@ -291,6 +296,13 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
                 0,
                 DEPENDS,
                 "the outputs follow the inputs ({value:.0%} of their variance): no plateau",
+            ),
+            Prediction(
+                "growth of the weights",
+                0,
+                8,
+                "the weights have grown {shown}-fold: a step threw them there",
+                needed=False,
             ),
         ),
         _saturated,

@@ -101,9 +101,10 @@ def _crossing(weights: Sequence[Tensor], step: Sequence[Tensor], tape: Tape) -> 
 
     def raised(multiple: float) -> bool:
         here = mean_loss([w + multiple * d for w, d in zip(weights, step, strict=True)], [tape])
-        return not here < base
+        return not here <= base + rounding
 
     base = mean_loss(weights, [tape])
+    rounding = 8 * abs(base) * torch.finfo(step[0].dtype).eps  # a tiny update's gain can be smaller than that
     low, high = 1 / 16, 1 / 16
     if raised(low):
         return 0.0
