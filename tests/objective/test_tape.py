@@ -237,19 +237,23 @@ def test_a_stored_gradient_in_the_loss_is_refused():
         recorder.finish(Vault())
 
 
-def test_a_region_compiled_without_code_of_its_own_is_seen_through():
-    """backend="eager" calls torch again; a region with code of its own shows as a custom function and is refused."""
+def test_a_compiled_region_computes_what_it_did_and_is_recorded_right_or_not_at_all():
+    """The compiler may look into the recorder itself, which then gives up; the step must not notice."""
     layer, x = small()
     compiled = torch.compile(lambda z: layer(z).tanh(), backend="eager")
+    recorder = Recorder(list(layer.parameters()))
     try:
-        recorder = Recorder(list(layer.parameters()))
         with recorder:
             loss = compiled(x).sum()
             recorder.root([loss])
     finally:
         torch._dynamo.reset()
     torch.testing.assert_close(loss, layer(x).tanh().sum())
-    assert float(recorder.finish(Vault()).replay(list(layer.parameters())).detach()) == float(loss.detach())
+    try:
+        tape = recorder.finish(Vault())
+    except TapeError:
+        return
+    assert float(tape.replay(list(layer.parameters())).detach()) == float(loss.detach())
 
 
 def test_a_flag_replays_while_the_answer_is_the_same():
