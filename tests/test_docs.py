@@ -180,7 +180,7 @@ def test_the_scoreboard_in_the_readme_is_the_measured_one():
         f"{sum(c['right'] for c in faulty)} of {len(faulty)} faulty runs, and "
         f"{sum(c['right'] for c in healthy)} of {len(healthy)} healthy runs stayed silent"
     )
-    assert said in " ".join(README.split())
+    assert said in " ".join(README.split()), f"the README must say: {said}"
 
 
 def test_the_time_and_memory_in_the_readme_are_the_measured_ones():
@@ -189,7 +189,8 @@ def test_the_time_and_memory_in_the_readme_are_the_measured_ones():
         pytest.skip("the demonstration has not been measured yet")
     measured = json.loads(place.read_text(encoding="utf-8"))
     seconds, mib = measured["seconds"][1], measured["peak_mib"][1]  # the medians of three
-    assert f"{seconds:.0f} seconds and {mib} MiB" in " ".join(README.split())
+    said = f"{seconds:.0f} seconds and {mib} MiB"
+    assert said in " ".join(README.split()), f"the README must say: {said}"
 
 
 def test_the_names_of_the_package_are_the_ones_that_the_readme_uses():
