@@ -12,6 +12,7 @@ from unstuck.diagnosis._findings import plain
 from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
+INF = math.inf
 DIVERGED, BLIND, STUCK = "diverged", "blind", "stuck"  # symptoms
 DEPENDS = structure.DEPENDS
 GENUINE = 0.05  # a saddle leads down to both sides by this share of the loss
@@ -34,6 +35,7 @@ MEASURES: dict[str, Measure] = {
     "head-room elsewhere": motion.head_room_elsewhere,
     "drift gain": motion.drift_gain,
     "curvature × rate": motion.curvature_times_rate,
+    "curvature × rate at the start": motion.curvature_at_the_start,
     "different batches": motion.different_batches,
     "escape gain": motion.escape_gain,
 }
@@ -105,6 +107,11 @@ def _diverged(case: Case) -> str:
     return (
         f"The loss blew up: {worst}. The step is too large for the curvature, so every update lands higher than before."
     )
+
+
+def _slowed(case: Case) -> list[Remedy]:
+    steep = _value(case, "curvature × rate at the start")
+    return [remedies.rate(case.start, 1 / k) for k in (10, 100, 1000, *([steep] if 1000 < steep < INF else []))]
 
 
 def _zero(case: Case) -> str:
@@ -188,7 +195,6 @@ def _lowered(case: Case) -> list[Remedy]:
     return arms if motion.repeats_one_batch(case) else [*arms, remedies.larger_batch(4)]
 
 
-INF = math.inf
 BLINDNESS = Prediction(
     "input dependence", 0, DEPENDS, "the outputs depend on the inputs ({value:.0%} of their variance)"
 )
@@ -208,7 +214,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (Prediction("rise of the loss", 10, INF, "the loss never rose far above its start ({shown} times at worst)"),),
         _diverged,
         "Start again with a learning rate that the trial accepts; warm-up or clipping helps an unstable start.",
-        lambda case: [remedies.rate(case.start, 1 / k) for k in (10, 100, 1000, 100_000)],
+        _slowed,
         origin=lambda case: case.start,
     ),
     Hypothesis(

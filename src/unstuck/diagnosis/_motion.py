@@ -145,7 +145,15 @@ def drift_gain(case: Case) -> Evidence | None:
 
 def curvature_times_rate(case: Case) -> Evidence | None:
     """λ₁ of the Hessian, preconditioned as the optimiser does, times the effective rate: 2 is the edge of stability."""
-    state = case.state
+    return _curvature_times_rate(case, case.state, "curvature × rate")
+
+
+def curvature_at_the_start(case: Case) -> Evidence | None:
+    """The same before the first step, where an adaptive optimiser has no preconditioner yet."""
+    return _curvature_times_rate(case, case.start, "curvature × rate at the start")
+
+
+def _curvature_times_rate(case: Case, state: State | None, name: str) -> Evidence | None:
     if state is None or state.optimizer is None or not case.fixed:
         return None
     objective = case.objective(case.fixed, state.weights)
@@ -161,7 +169,7 @@ def curvature_times_rate(case: Case) -> Evidence | None:
     pairs = eigenpairs(A, largest=1, smallest=1, tol=0.05, max_products=40, generator=torch.Generator().manual_seed(0))
     value, error = float(pairs.values.max()), float(pairs.errors[pairs.values.argmax()])
     return Evidence(
-        "curvature × rate",
+        name,
         value,
         value - error,
         value + error,
