@@ -199,7 +199,7 @@ BLINDNESS = Prediction(
     "input dependence", 0, DEPENDS, "the outputs depend on the inputs ({value:.0%} of their variance)"
 )
 SIGHT = Prediction(
-    "input dependence", DEPENDS, 1, "the outputs do not depend on the inputs ({shown} of their variance)"
+    "input dependence", DEPENDS, 1, "the outputs do not depend on the inputs ({value:.1%} of their variance)"
 )
 DEATH = Prediction("dead units", 0.9, 1, "the units are alive ({value:.0%} of the worst layer never fire)")
 LIFE = Prediction("dead units", 0, 0.9, "the units are dead ({value:.0%} of a layer never fire)", needed=False)
@@ -211,7 +211,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(
         "lr-diverges",
         (DIVERGED,),
-        (Prediction("rise of the loss", 10, INF, "the loss never rose far above its start ({shown} times at worst)"),),
+        (Prediction("rise of the loss", 10, INF, "the loss never rose far above its start (at worst {shown} × it)"),),
         _diverged,
         "Start again with a learning rate that the trial accepts; warm-up or clipping helps an unstable start.",
         _slowed,
@@ -245,7 +245,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
                 "growth of the weights",
                 0,
                 8,
-                "the weights have grown {shown}-fold: a step killed them",
+                "the weights are {shown} × as long as at the start: a step killed them",
                 needed=False,
             ),
         ),
@@ -260,7 +260,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (
             Prediction("units at rest", 0.9, 1, "the units are alive ({value:.0%} of the worst layer are at rest)"),
             SIGNAL,
-            Prediction("growth of the weights", 8, INF, "the weights have not grown ({shown}-fold)"),
+            Prediction("growth of the weights", 8, INF, "the weights have not grown (‖w‖ is {shown} × its start)"),
         ),
         _killed,
         "Start again from the beginning with a lower learning rate.",
@@ -307,7 +307,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
                 "growth of the weights",
                 0,
                 8,
-                "the weights have grown {shown}-fold: a step threw them there",
+                "the weights are {shown} × as long as at the start: a step threw them there",
                 needed=False,
             ),
         ),
@@ -332,9 +332,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (STUCK,),
         (
             SIGHT,
-            Prediction(
-                "head-room", 200, INF, "an update could be only {shown} times as long (a tiny one: over 200 times)"
-            ),
+            Prediction("head-room", 200, INF, "an update could be only {shown} × as long (a tiny one: over 200 ×)"),
             Prediction("head-room elsewhere", 20, INF, "on another batch it could be only {shown} times as long"),
             Prediction("drift gain", 0.01, 1, "nothing is gained further along its way ({value:.1%})", needed=False),
         ),
