@@ -97,7 +97,7 @@ def _fact(case: Case, code: str) -> dict[str, Any] | None:
 
 
 def _habit(case: Case, code: str) -> tuple[dict[str, Any] | None, int]:
-    # Notes come at counts 1, 2, 4, 8 …: a habit's count keeps up with the steps that were looked at.
+    """The last note of a fact that holds at nearly every step, and how many steps had been looked at by then."""
     notes = [e for e in case.run.of("fact") if e["code"] == code]
     if not notes:
         return None, 0
