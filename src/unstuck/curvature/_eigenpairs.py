@@ -1,5 +1,7 @@
 """Both ends of a spectrum from one Lanczos run."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +45,12 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
 ) -> Eigenpairs:
     """The `largest` and `smallest` eigenvalues of A (by sign, not magnitude) with vectors; all, where these meet.
 
-    Lanczos from a random start with full reorthogonalisation stops when min(r, r²/gap) ≤ tol · max|λ| for each wanted
-    pair, with r its residual and gap its distance to the other Ritz values (Parlett 1998, theorem 11.7.1). Deviation:
-    the residuals of both count against the gap, and the criterion must hold three times in a row, because a neighbour
-    may not have shown yet; a start with next to nothing of a wanted vector can still deceive it. So `errors` are
-    careful estimates, not bounds; they contain the rounding of the products, taken as 100 ulp of the largest |λ|.
+    Lanczos from a random start with full reorthogonalisation stops when min(r, 2r²/gap) ≤ tol · max|λ| for each wanted
+    pair, with r its residual and gap its distance to the other Ritz values (Parlett 1998, 11.7.1), and when the
+    tridiagonal matrix, continued as it was of late, would move no wanted value by more than tol · max|λ|. An eigenvalue
+    that has not shown at all, because the start held next to nothing of its vector, deceives both. So `errors`, the
+    larger of the two and at most r, are careful estimates, not bounds; a fifth of the tolerance is the least, for close
+    neighbours that look like one, and the rounding of the products is in it, taken as 100 ulp of the largest |λ|.
 
     The basis takes one vector a product, up to `memory` bytes; then it is compressed to the Ritz vectors nearest to the
     two ends (thick restart, Wu and Simon 2000), which costs products but no accuracy. `start` warms the search up with
@@ -76,25 +79,25 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
     krylov = Krylov(
         A, rows=_rows(A, pairs, max_products, memory), start=_warm(A, start, generator), generator=generator
     )
-    settled = _Settled(tol)
+    settled = _Settled(krylov, tol, lambda count: [*range(smallest), *range(count - largest, count)])
     while True:
         krylov.grow()
         last = krylov.products == max_products or len(krylov) == A.size
         if not (last or krylov.full or _worth_a_look(len(krylov), pairs)):
             continue
         ritz = krylov.ritz()
-        wanted = [*range(smallest), *range(len(krylov) - largest, len(krylov))]
-        done = settled(ritz, wanted) or (krylov.closed and (ritz.errors[wanted] <= tol * ritz.scale).all())
-        done = bool(done) and _has_all_copies(krylov, ritz, largest, smallest, tol)
+        errors, done = settled(ritz)
+        done = done and _has_all_copies(krylov, ritz, largest, smallest, tol)
         if done or last:
             break
         if krylov.full:
             krylov.compress(ritz, _spread(len(krylov), largest, smallest))
+    wanted = settled.wanted(len(krylov))
     return Eigenpairs(
         values=ritz.values[wanted].to(A.device, A.dtype),
         vectors=krylov.combine(ritz.vectors[:, wanted]),
         residuals=ritz.residuals[wanted].to(A.device, A.dtype),
-        errors=ritz.errors[wanted].to(A.device, A.dtype),
+        errors=errors.to(A.device, A.dtype),
         scale=ritz.scale,
         converged=done,
         products=krylov.products,
@@ -102,16 +105,29 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
 
 
 class _Settled:
-    """Whether the wanted pairs have been good for long enough; called once for each look at the spectrum."""
+    """Whether the wanted pairs are as good as they will be taken for; called once for each look at the spectrum."""
 
-    def __init__(self, tol: float) -> None:
+    def __init__(self, krylov: Krylov, tol: float, wanted: Callable[[int], list[int]]) -> None:
+        self.krylov = krylov
         self.tol = tol
-        self.times = 0
+        self.wanted = wanted
+        self.values: Tensor | None = None  # at the look before
+        self.ahead = math.inf
 
-    def __call__(self, ritz: Ritz, wanted: list[int]) -> bool:
-        good = bool((ritz.errors[wanted] <= self.tol * ritz.scale).all())
-        self.times = self.times + 1 if good else 0
-        return self.times >= 3
+    def __call__(self, ritz: Ritz) -> tuple[Tensor, bool]:
+        """The errors of the wanted pairs, and whether to stop."""
+        wanted = self.wanted(len(ritz.values))
+        values, errors = ritz.values[wanted], ritz.errors[wanted]
+        unit = self.tol * ritz.scale
+        if self.krylov.closed:
+            return errors, bool((errors <= unit).all())
+        longer = self.krylov.ahead()
+        drift = (longer[self.wanted(len(longer))] - values).abs()
+        moved = math.inf if self.values is None else float((values - self.values).abs().max())
+        before, self.ahead, self.values = self.ahead, float(drift.max()), values
+        good = float(errors.max()) <= unit and self.ahead <= unit and before <= 10 * unit and moved <= 30 * unit
+        careful = torch.maximum(errors, drift).clamp(min=unit / 5)
+        return torch.minimum(careful, ritz.residuals[wanted]), good
 
 
 def _rows(A: Operator, pairs: int, max_products: int, memory: float) -> int:

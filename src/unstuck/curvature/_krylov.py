@@ -40,6 +40,7 @@ class Krylov:
         self.matrix = torch.zeros(len(self.basis), len(self.basis), dtype=torch.float64)
         self.links = torch.zeros(0, dtype=torch.float64)  # (j,), what couples the basis to the next vector
         self.block = 0  # where the newest block begins
+        self.kept = 0  # vectors that a compression left
         self.products = 0
         self.magnitude = 0.0  # the largest entry of T
         self.next = self._random() if start is None else start / float(A.dot(start, start)) ** 0.5
@@ -90,23 +91,44 @@ class Krylov:
         self.matrix.zero_()
         self.matrix[range(len(kept)), range(len(kept))] = ritz.values[kept]
         self.links = self.links @ coordinates
-        self.block = 0
+        self.block, self.kept = 0, len(kept)
 
     def combine(self, coordinates: Tensor) -> Tensor:
         """Vectors (k, size), one a row, from their coordinates (j, k)."""
         return coordinates.T.to(self.basis) @ self.basis[: len(self)]
 
     def ritz(self, first: int = 0) -> Ritz:
-        """The eigenpairs of T from row `first` on; min(r, r²/gap) bounds their errors (Parlett 1998, 11.7.1)."""
+        """The eigenpairs of T from row `first` on; min(r, 2r²/gap) are their errors (Parlett 1998, 11.7.1).
+
+        Deviation: the residuals of both count against the gap, and the factor 2 is for neighbours still out of sight.
+        """
         count = len(self)
         values, vectors = torch.linalg.eigh(self.matrix[first:count, first:count])
         residuals = (self.links[first:] @ vectors).abs()
         gaps = (values[:, None] - values).abs() - residuals[:, None] - residuals
         gap = gaps.fill_diagonal_(math.inf).amin(1) if len(values) > 1 else torch.zeros_like(values)
-        errors = residuals * (residuals / gap.clamp(min=torch.finfo(gap.dtype).tiny)).clamp(max=1)
+        errors = residuals * (residuals / gap.clamp(min=torch.finfo(gap.dtype).tiny) * 2).clamp(max=1)
         scale = float(values.abs().max())
         rounding = self.rounding * scale
         return Ritz(values, vectors, residuals + rounding, errors + rounding, scale)
+
+    def ahead(self, steps: int = 12) -> Tensor:
+        """The eigenvalues of T continued with the mean of its last three rows: where Ritz values would go next.
+
+        What is about to appear shows in these rows first, several steps before it is a Ritz value (the recursion
+        method's terminator, Haydock 1980).
+        """
+        count = len(self)
+        last = range(max(count - 3, min(self.kept, count - 1)), count)
+        diagonal = self.matrix[last, last].mean()
+        beside = [float(self.matrix[i, i + 1]) for i in last[:-1]] + [float(self.links[-1])]
+        longer = torch.zeros(count + steps, count + steps, dtype=torch.float64)
+        longer[:count, :count] = self.matrix[:count, :count]
+        new = range(count, count + steps)
+        longer[new, new] = diagonal
+        longer[new[1:], new[:-1]] = sum(beside) / len(beside)
+        longer[count, :count] = self.links
+        return torch.linalg.eigvalsh(longer)  # of the lower triangle
 
     def _random(self) -> Tensor:
         drawn = torch.randn(self.A.size, generator=self.generator, dtype=self.A.dtype, device=self.A.device)
