@@ -9,7 +9,7 @@ from torch import Tensor
 from unstuck.curvature._likelihood import LIKELIHOODS, Prediction, prediction
 from unstuck.curvature._operator import Operator, Where, operator_of
 from unstuck.curvature._outputs import LOSSES, SOFTENED, Cut, Function, cut_at
-from unstuck.objective import Chunk, Linear, Objective, along, second_derivatives
+from unstuck.objective import Chunk, Linear, Objective, along, gradient_of, second_derivatives
 
 Tangents = Sequence[Tensor]  # of the outputs, one a cut
 Metric = Callable[[Tensor, Sequence[Cut], int], Callable[[Tangents], Tangents]]  # of a loss, its cuts and its index
@@ -31,7 +31,7 @@ def gauss_newton(objective: Objective, *, where: Where | None = None) -> Operato
 
     def metric(loss: Tensor, cuts: Sequence[Cut], index: int) -> Callable[[Tangents], Tangents]:
         leaves = [cut.leaf for cut in cuts]
-        slopes = torch.autograd.grad(loss, leaves, create_graph=True, materialize_grads=True)
+        slopes = gradient_of(loss, leaves, create_graph=True)
         return functools.partial(along, slopes, leaves)
 
     return _operator(objective, where, LOSSES | SOFTENED, metric)

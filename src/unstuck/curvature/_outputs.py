@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_unary
 
-from unstuck.objective import Chunk
+from unstuck.objective import Chunk, nodes_behind
 
 Function = Callable[..., Any]
 
@@ -104,14 +104,6 @@ class _Cutter(TorchFunctionMode):
 
 def _leaves_behind(roots: Sequence[Tensor]) -> set[int]:
     """The identities of the leaves that a graph comes down to."""
-    found, seen = {id(root) for root in roots if root.is_leaf}, set()
-    waiting = [root.grad_fn for root in roots]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting += [parent for parent, _ in node.next_functions]
-        if (variable := getattr(node, "variable", None)) is not None:
-            found.add(id(variable))
-    return found
+    found = {id(root) for root in roots if root.is_leaf}
+    variables = (getattr(node, "variable", None) for node in nodes_behind(roots))
+    return found | {id(variable) for variable in variables if variable is not None}

@@ -6,7 +6,7 @@ from unstuck.objective._objective import Objective
 from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, tensors
 from unstuck.objective._recorder import Recorder, Vault, caller
 from unstuck.objective._tapefile import pack, unpack
-from unstuck.objective._term import Term, along, gradient_of, second_derivatives
+from unstuck.objective._term import Term, along, gradient_of, nodes_behind, second_derivatives
 
 __all__ = [
     "Chunk",
@@ -26,6 +26,7 @@ __all__ = [
     "caller",
     "examples",
     "gradient_of",
+    "nodes_behind",
     "pack",
     "second_derivatives",
     "tensors",

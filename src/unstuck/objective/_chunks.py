@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unstuck.objective._term import nodes_behind
+
 Directions = Sequence[Tensor]  # one tensor a parameter
 
 
@@ -102,14 +104,7 @@ def graph_storages(roots: Sequence[Tensor], leaves: Sequence[Tensor] = ()) -> Ma
     """The bytes of each storage that the graph behind `roots` holds, by address; those of the leaves apart."""
     known = {leaf.untyped_storage().data_ptr() for leaf in leaves}
     held: dict[int, int] = {}
-    seen = set()
-    waiting = [root.grad_fn for root in roots]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        waiting += [parent for parent, _ in node.next_functions]
+    for node in nodes_behind(roots):
         for tensor in _saved(node):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:

@@ -92,10 +92,11 @@ class Objective:
         self._point = self._flatten([p.detach() for p in parameters.values()])
         self.terms = tuple(terms)
         weights = [term.weight for term in self.terms]
-        self.weight = _ranks.total_weight(math.fsum(weights), self._point, group)
-        if not self.terms and not self.weight:
+        countable = all(weight >= 0 for weight in weights)
+        self.weight = _ranks.total_weight(math.fsum(weights) if countable else math.nan, self._point, group)
+        if not self.terms and self.weight == 0:
             raise ValueError("an objective needs at least one batch, got none: an iterator can be read only once")
-        if not (all(weight >= 0 for weight in weights) and 0 < self.weight < math.inf):
+        if not 0 < self.weight < math.inf:
             raise ValueError(f"weights count examples, so none is negative and their sum is positive, got {weights}")
         _ranks.check_same(self._point, group)
         self._memory, self._group = memory, group
@@ -233,10 +234,10 @@ class Objective:
     def _mean_loss(self, losses: Callable[[], Sequence[Tensor]]) -> Tensor:
         # float64, because a line search compares values that differ by less than a float32 sum over batches resolves
         like = torch.zeros(1, dtype=torch.float64, device=self.device)
-        weights = [term.weight for term in self._divided(self._leaves)]
 
         def weighted() -> Tensor:
-            return sum((w * loss.to(like) for w, loss in zip(weights, losses(), strict=True)), like)
+            pairs = zip(self._divided(self._leaves), losses(), strict=True)
+            return sum((term.weight * loss.to(like) for term, loss in pairs), like)
 
         return (_ranks.total(weighted, like, self._group)[0] / self.weight).to(self.dtype)
 

@@ -33,6 +33,8 @@ class Term:
 
 def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
     """The gradient of a loss, zero for a parameter that it does not use."""
+    if create_graph:
+        _check_twice(loss)
     found: Sequence[Tensor | None] = (
         torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True) if loss.requires_grad else ()
     )
@@ -67,6 +69,31 @@ def second_derivatives() -> Iterator[None]:
         ) from error
 
 
+def _check_twice(loss: Tensor) -> None:
+    """Raises where a graph holds a function marked as differentiable once.
+
+    torch itself complains only if the slope that reaches it requires a gradient, and otherwise takes its derivative for
+    a constant.
+    """
+    for node in nodes_behind([loss]):
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and getattr(function.backward, "__code__", None) is _MARKED:
+            raise RuntimeError(f"{function.__name__} is marked with @once_differentiable")
+
+
+def nodes_behind(roots: Sequence[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+    """The nodes of the graph that leads to the roots, each once."""
+    seen = set()
+    waiting = [root.grad_fn for root in roots]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+            yield node
+
+
+_MARKED = torch.autograd.function.once_differentiable(nodes_behind).__code__
 _ONCE = ("twice", "double backward", "once_differentiable", "is not implemented", "not differentiable")
 
 
