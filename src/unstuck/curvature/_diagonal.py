@@ -52,7 +52,9 @@ def diagonal(
     if known is not None:
         base = known.values @ known.vectors.square()
     mean, spread = torch.zeros_like(base), torch.zeros_like(base)  # Welford's sums: no samples are kept
-    for count in range(1, max_products + 1):
+    count = 0
+    while True:
+        count += 1
         v = signs(A, generator)
         sample = v * (rest @ v)
         step = sample - mean
@@ -66,5 +68,5 @@ def diagonal(
             raise ValueError("a diagonal needs finite products, got NaN or infinity: the loss has overflowed")
         if error <= tol * size or count == max_products:
             break
-    relative = error / size if size else float(error > 0) * torch.inf if error else 0.0
+    relative = error / size if size else (torch.inf if error else 0.0)
     return Diagonal(estimate, stderr, relative, error <= tol * size, count)

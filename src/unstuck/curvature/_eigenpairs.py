@@ -45,12 +45,13 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
 ) -> Eigenpairs:
     """The `largest` and `smallest` eigenvalues of A (by sign, not magnitude) with vectors; all, where these meet.
 
-    Lanczos from a random start with full reorthogonalisation stops when min(r, 2r²/gap) ≤ tol · max|λ| for each wanted
-    pair, with r its residual and gap its distance to the other Ritz values (Parlett 1998, 11.7.1), and when the
-    tridiagonal matrix, continued as it was of late, would move no wanted value by more than tol · max|λ|. An eigenvalue
-    that has not shown at all, because the start held next to nothing of its vector, deceives both. So `errors`, the
-    larger of the two and at most r, are careful estimates, not bounds; a fifth of the tolerance is the least, for close
-    neighbours that look like one, and the rounding of the products is in it, taken as 100 ulp of the largest |λ|.
+    Lanczos from a random start with full reorthogonalisation stops when three estimates of the error of each wanted
+    value are within tol · max|λ|: twice min(r, r²/gap), with r its residual and gap its distance to the other Ritz
+    values (Parlett 1998, 11.7.1); what its last moves leave to come, as a geometric series; and how far it would move
+    if the tridiagonal matrix went on as it did of late. An eigenvalue that has not shown at all, because the start held
+    next to nothing of its vector, deceives all three. So `errors`, the largest of them and at most r, are careful
+    estimates, not bounds; a fifth of the tolerance is the least, for close neighbours that look like one, and the
+    rounding of the products is in it, taken as 100 ulp of the largest |λ|.
 
     The basis takes one vector a product, up to `memory` bytes; then it is compressed to the Ritz vectors nearest to the
     two ends (thick restart, Wu and Simon 2000), which costs products but no accuracy. `start` warms the search up with
@@ -112,6 +113,7 @@ class _Settled:
         self.tol = tol
         self.wanted = wanted
         self.values: Tensor | None = None  # at the look before
+        self.moves: Tensor | None = None  # since the look before that
         self.ahead = math.inf
 
     def __call__(self, ritz: Ritz) -> tuple[Tensor, bool]:
@@ -123,11 +125,21 @@ class _Settled:
             return errors, bool((errors <= unit).all())
         longer = self.krylov.ahead()
         drift = (longer[self.wanted(len(longer))] - values).abs()
-        moved = math.inf if self.values is None else float((values - self.values).abs().max())
-        before, self.ahead, self.values = self.ahead, float(drift.max()), values
-        good = float(errors.max()) <= unit and self.ahead <= unit and before <= 10 * unit and moved <= 30 * unit
-        careful = torch.maximum(errors, drift).clamp(min=unit / 5)
+        left = self._left(values)
+        before, self.ahead = self.ahead, float(drift.max())
+        careful = torch.maximum(torch.maximum(2 * errors, drift), left).clamp(min=unit / 5)
+        # a value that was about to leap a step ago has leapt only just
+        good = float(torch.maximum(2 * errors, left).max()) <= unit and self.ahead <= unit and before <= 10 * unit
         return torch.minimum(careful, ritz.residuals[wanted]), good
+
+    def _left(self, values: Tensor) -> Tensor:
+        """What the moves of the wanted values leave to come, if they fall off as the last two did."""
+        moves = None if self.values is None else (values - self.values).abs()
+        former, self.values, self.moves = self.moves, values, moves
+        if moves is None or former is None:
+            return torch.full_like(values, math.inf)
+        ratio = (moves / former.clamp(min=torch.finfo(moves.dtype).tiny)).clamp(max=0.9)
+        return moves * ratio / (1 - ratio)
 
 
 def _rows(A: Operator, pairs: int, max_products: int, memory: float) -> int:

@@ -98,16 +98,16 @@ class Krylov:
         return coordinates.T.to(self.basis) @ self.basis[: len(self)]
 
     def ritz(self, first: int = 0) -> Ritz:
-        """The eigenpairs of T from row `first` on; min(r, 2r²/gap) are their errors (Parlett 1998, 11.7.1).
+        """The eigenpairs of T from row `first` on; min(r, r²/gap) are their errors (Parlett 1998, 11.7.1).
 
-        Deviation: the residuals of both count against the gap, and the factor 2 is for neighbours still out of sight.
+        Deviation: the residuals of both count against the gap, because a neighbour may still move.
         """
         count = len(self)
         values, vectors = torch.linalg.eigh(self.matrix[first:count, first:count])
         residuals = (self.links[first:] @ vectors).abs()
         gaps = (values[:, None] - values).abs() - residuals[:, None] - residuals
         gap = gaps.fill_diagonal_(math.inf).amin(1) if len(values) > 1 else torch.zeros_like(values)
-        errors = residuals * (residuals / gap.clamp(min=torch.finfo(gap.dtype).tiny) * 2).clamp(max=1)
+        errors = residuals * (residuals / gap.clamp(min=torch.finfo(gap.dtype).tiny)).clamp(max=1)
         scale = float(values.abs().max())
         rounding = self.rounding * scale
         return Ritz(values, vectors, residuals + rounding, errors + rounding, scale)
