@@ -270,3 +270,25 @@ def test_a_loss_that_writes_into_the_weights_is_refused():
     objective = Objective(table, lambda m, b: m(b).sum(), [torch.tensor([0, 1])])
     with pytest.raises(ValueError, match="leave the parameters alone"):
         objective.value()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (6, 3, 2, 2)])
+def test_batch_norm_by_running_statistics_is_the_layers_own(shape, affine):
+    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+    norm = kinds[len(shape)](3, affine=affine).double()
+    norm(random(*shape, seed=9))  # statistics that are not 0 and 1
+    model = nn.Sequential(norm.eval(), nn.Flatten(), nn.Linear(int(torch.tensor(shape[1:]).prod()), 2).double())
+    if affine:
+        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(3))
+    batch = random(*shape), torch.arange(6) % 2
+    objective = Objective(model, mean_cross_entropy, [batch])
+
+    def plain(flat: Tensor) -> Tensor:  # torch's layer
+        pieces = dict(zip(objective.names, objective.unflatten(flat), strict=True))
+        return F.cross_entropy(torch.func.functional_call(model, pieces, (batch[0],)), batch[1])
+
+    point = objective.point
+    torch.testing.assert_close(objective.value(), plain(point))
+    torch.testing.assert_close(objective.gradient(), torch.autograd.functional.jacobian(plain, point))
+    torch.testing.assert_close(dense_hessian(objective), torch.autograd.functional.hessian(plain, point))

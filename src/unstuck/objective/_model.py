@@ -119,7 +119,7 @@ class _Evaluated(nn.Module):
 
 
 class _TwiceDifferentiable(TorchFunctionMode):
-    """Calls whose gradient torch cannot differentiate, or differentiates wrongly, take an equal way that it can."""
+    """Calls whose gradient torch differentiates not at all, wrongly or slowly are computed in another, equal way."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -127,6 +127,8 @@ class _TwiceDifferentiable(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch._weight_norm:  # noqa: SLF001
             return _weight_norm(*args, **kwargs)
+        if func is nn.functional.batch_norm and (affine := _affine(*args, **kwargs)) is not None:
+            return affine
         if func in (nn.functional.embedding, nn.functional.embedding_bag):
             kwargs["sparse"] = False
         return func(*args, **kwargs)
@@ -134,6 +136,25 @@ class _TwiceDifferentiable(TorchFunctionMode):
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _affine(  # noqa: PLR0913, the arguments of batch_norm
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,  # noqa: FBT001, FBT002, as torch has it
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """Batch norm by running statistics as the affine map it is; the second derivatives of torch's are slow."""
+    if training or mean is None or variance is None or x.dtype != mean.dtype:
+        return None
+    scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    return torch.addcmul(shift.view(shape), x, scale.view(shape))
 
 
 @contextlib.contextmanager
