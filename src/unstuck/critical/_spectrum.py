@@ -1,6 +1,7 @@
 """The spectrum at a point, and what of it counts as zero."""
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,9 +12,12 @@ from unstuck.curvature import Eigenpairs, Operator, dense, eigenpairs
 def spectrum_of(
     H: Operator, *, tol: float, dense_up_to: int, max_products: int, generator: torch.Generator | None
 ) -> Eigenpairs:
-    """All eigenpairs of a small operator, the two ends of a large one."""
+    """All eigenpairs of a small operator, the two ends of a large one, with errors for their signs."""
     if H.size > dense_up_to:
-        return eigenpairs(H, tol=tol, max_products=max_products, generator=generator)
+        found = eigenpairs(H, tol=tol, max_products=max_products, generator=generator)
+        # an end beyond zero is only an inner bound of the spectrum's: its sign is as sure as its residual
+        outside = torch.stack([found.values[0] < 0, found.values[-1] > 0])
+        return replace(found, errors=torch.where(outside, torch.minimum(found.residuals, found.errors), found.errors))
     values, vectors = torch.linalg.eigh(dense(H, memory=math.inf).double())
     values, vectors = values.to(H.dtype), vectors.T.to(H.dtype)
     scale = float(values.abs().max())

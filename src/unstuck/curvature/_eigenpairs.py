@@ -20,7 +20,7 @@ class Eigenpairs:
     values: Tensor  # (k,)
     vectors: Tensor  # (k, size), one a row
     residuals: Tensor  # (k,), ‖A v − λ v‖
-    errors: Tensor  # (k,), the distance of each value to an eigenvalue of A
+    errors: Tensor  # (k,), the estimated distance of each value to the eigenvalue in its place
     scale: float  # the largest |λ| seen
     converged: bool  # whether every error is within the tolerance
     products: int
@@ -49,9 +49,9 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
     value are within tol · max|λ|: twice min(r, r²/gap), with r its residual and gap its distance to the other Ritz
     values (Parlett 1998, 11.7.1); what its last moves leave to come, as a geometric series; and how far it would move
     if the tridiagonal matrix went on as it did of late. An eigenvalue that has not shown at all, because the start held
-    next to nothing of its vector, deceives all three. So `errors`, the largest of them and at most r, are careful
-    estimates, not bounds; a fifth of the tolerance is the least, for close neighbours that look like one, and the
-    rounding of the products is in it, taken as 100 ulp of the largest |λ|.
+    next to nothing of its vector, deceives all three. So `errors`, the largest of them, are careful estimates, not
+    bounds; half the tolerance is the least, for neighbours that look like one. Within `residuals` there is certainly an
+    eigenvalue, wanted or not. Both contain the rounding of the products, taken as 100 ulp of the largest |λ|.
 
     The basis takes one vector a product, up to `memory` bytes; then it is compressed to the Ritz vectors nearest to the
     two ends (thick restart, Wu and Simon 2000), which costs products but no accuracy. `start` warms the search up with
@@ -127,10 +127,10 @@ class _Settled:
         drift = (longer[self.wanted(len(longer))] - values).abs()
         left = self._left(values)
         before, self.ahead = self.ahead, float(drift.max())
-        careful = torch.maximum(torch.maximum(2 * errors, drift), left).clamp(min=unit / 5)
+        careful = torch.maximum(torch.maximum(2 * errors, drift), left).clamp(min=unit / 2)
         # a value that was about to leap a step ago has leapt only just
         good = float(torch.maximum(2 * errors, left).max()) <= unit and self.ahead <= unit and before <= 10 * unit
-        return torch.minimum(careful, ritz.residuals[wanted]), good
+        return careful, good
 
     def _left(self, values: Tensor) -> Tensor:
         """What the moves of the wanted values leave to come, if they fall off as the last two did."""
