@@ -56,7 +56,7 @@ def test_the_measured_bytes_of_a_graph_are_those_that_autograd_saves():
     assert abs(measured - expected) <= 64  # a scalar or two, which the hooks see as copies
 
 
-@pytest.mark.parametrize("memory", [1e9, 300e3, 200e3])
+@pytest.mark.parametrize("memory", [1e9, 390e3, 350e3])
 def test_products_are_the_same_whatever_is_kept(memory):
     model = network()
     ragged = batches(100, count=550)
@@ -69,7 +69,7 @@ def test_products_are_the_same_whatever_is_kept(memory):
         torch.testing.assert_close(objective.product(v), expected, rtol=1e-4, atol=1e-6)
     plan = objective.plan
     assert plan.kept + plan.rebuilt == parts_of(objective) >= 6
-    assert plan.bytes + (plan.largest if plan.rebuilt else 0) <= memory
+    assert plan.bytes + (2.5 if plan.rebuilt else 1.5) * plan.largest <= memory
     assert (plan.rebuilt == 0) == (memory == 1e9)
     assert plan.kept > 0
     assert f"{plan.kept} of {plan.kept + plan.rebuilt} graphs are kept" in str(plan)
@@ -92,20 +92,22 @@ def test_kept_graphs_are_not_built_again():
         return len(calls), objective.plan
 
     assert calls_of_two_products(1e9)[0] == 0
-    built, plan = calls_of_two_products(250e3)
+    built, plan = calls_of_two_products(450e3)
     assert built == 2 * plan.rebuilt > 0
 
 
 def test_a_batch_that_does_not_fit_is_cut_or_refused_with_its_size():
-    fits = Objective(network(), cross_entropy, [data()], memory=200e3)
+    fits = Objective(network(), cross_entropy, [data()], memory=400e3)
     fits.product(torch.ones(fits.size))
-    assert fits.plan.largest < 200e3
+    assert fits.plan.largest < 400e3 / 2.5
     x, y = data()
-    uneven = Objective(network(), lambda m, b: cross_entropy(m, (b[0], b[1][0])), [(x, [y])], memory=200e3)
+    uneven = Objective(network(), lambda m, b: cross_entropy(m, (b[0], b[1][0])), [(x, [y])], memory=400e3)
     uneven.product(torch.ones(uneven.size))
-    assert uneven.plan.largest < 200e3
-    whole = Objective(network(), lambda m, b: cross_entropy(m, b["both"]), [{"both": (x, y), "id": 7}], memory=200e3)
-    with pytest.raises(ValueError, match=r"graph of one batch takes .* MB, more than memory=0.2 MB: give smaller"):
+    assert uneven.plan.largest < 400e3 / 2.5
+    whole = Objective(network(), lambda m, b: cross_entropy(m, b["both"]), [{"both": (x, y), "id": 7}], memory=400e3)
+    with pytest.raises(
+        ValueError, match=r"graph of one batch and a product take .* MB, got memory=0.4 MB: give smaller"
+    ):
         whole.product(torch.ones(whole.size))
     with pytest.raises(ValueError, match="positive number of bytes, got 0"):
         Objective(network(), cross_entropy, [data()], memory=0)

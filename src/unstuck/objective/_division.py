@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from unstuck.objective._chunks import graph_storages
+from unstuck.objective._chunks import WORK, graph_storages
 from unstuck.objective._term import Term, gradient_of
 
 LARGEST = (
     32 * 2**20
 )  # bytes; larger blocks glibc maps anew each time, and to clear their pages takes longer than to work
-GRAPH = 4  # how many times the graph of the loss that of its gradient takes, at most
+GRAPH = 3  # how many times the graph of the loss that of its gradient takes, at most
 
 
 class Division:
@@ -50,7 +50,7 @@ class Division:
         if device.type == "cpu" and sizes:
             wanted = math.ceil(max(sizes) / LARGEST)
         if self._memory is not None:
-            wanted = max(wanted, math.ceil(GRAPH * sum(sizes) / self._memory))
+            wanted = max(wanted, math.ceil(GRAPH * (1 + WORK) * sum(sizes) / self._memory))
         return wanted
 
 

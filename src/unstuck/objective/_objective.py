@@ -28,10 +28,10 @@ class Objective:
     at the new weights. Batches are kept, not copied; writing into them is noticed and refused. The model, its
     gradients and the global generator are left alone.
 
-    The first Hessian product measures the graphs of the gradients and keeps them as far as `memory` allows, in bytes
-    (half of what is free, if it is not given); `plan` tells what was decided. A product then costs about as much as two
-    gradients, and three where the graph is built again. On a CPU, large batches are computed in parts, where a trial on
-    the first batch shows that the loss is the mean of those of its parts.
+    The first Hessian product measures the graphs of the gradients and keeps them as far as `memory` allows: in bytes,
+    products included, beyond what a gradient takes; half of what is free, if not given. `plan` tells what was decided.
+    A product then costs at most about two gradients, and three where the graph is built again. On a CPU, large batches
+    are computed in parts, where a trial on the largest shows that its loss is the mean of those of its parts.
 
     With a process `group`, each rank gives batches of its own and all get the mean over all examples, from one
     all-reduce a product. All ranks must ask for the same things in the same order.
