@@ -6,11 +6,15 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from unstuck.diagnosis import Diagnosis
+    from unstuck.record import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,18 +41,32 @@ def run(
 
     The script's own output and exit status pass through.
     """
+    from unstuck.diagnosis import diagnose
     from unstuck.record import run_script
 
+    if json_out not in (None, "-") and not Path(json_out).parent.is_dir():
+        raise ValueError(f"--json needs a file in a folder that exists, got {json_out}")
     done = run_script(script, args or [], folder=out, budget=budget)
     console = _console()
+    if done.run is None:
+        console.print("unstuck: the run folder could not be written: there is nothing to diagnose.", soft_wrap=True)
+        raise typer.Exit(done.status)
     if done.run.steps == 0:
         console.print(
-            f"unstuck: no step of a torch.optim optimiser was seen in {script}: there is nothing to diagnose."
+            f"unstuck: no step of a torch.optim optimiser was seen in {script}: there is nothing to diagnose.",
+            markup=False,
+            soft_wrap=True,
         )
+        if json_out is not None:
+            _write_json(diagnose(done.run), json_out)
         raise typer.Exit(done.status)
     if done.interrupted:
         console.print("unstuck: diagnosing… (Ctrl-C again leaves at once)")
-    fault = _verdict(done.run, console, json_out)
+    try:
+        fault = _is_fault(_verdict(done.run, console, json_out))
+    except Exception as error:  # whatever it is, the status stays the script's own
+        console.print(f"unstuck: the diagnosis failed: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
+        raise typer.Exit(done.status) from None
     raise typer.Exit(1 if check and fault and done.status == 0 else done.status)
 
 
@@ -64,8 +82,7 @@ def diagnose(
     console = _console()
     if recorded.steps == 0:
         raise ValueError(f"a run with optimiser steps was needed, but {recorded.folder} has recorded none")
-    _verdict(recorded, console, json_out)
-    raise typer.Exit(_saved(recorded.folder).status)
+    raise typer.Exit(_verdict(recorded, console, json_out).status)
 
 
 @app.command()
@@ -76,12 +93,16 @@ def report(
     ] = None,
 ) -> None:
     """Writes one HTML file with the verdict, its evidence and the run's curves; it opens without a network."""
+    from unstuck.diagnosis import Diagnosis
     from unstuck.record import Run
 
     recorded = Run(folder or _latest())
-    if not (recorded.folder / DIAGNOSIS).is_file():
-        _diagnosed(recorded, _console())
-    typer.echo(_write_report(recorded, out))
+    known = recorded.folder / DIAGNOSIS
+    if known.is_file():
+        result = Diagnosis.from_json(json.loads(known.read_text(encoding="utf-8")))
+    else:
+        result = _diagnosed(recorded, _console())
+    typer.echo(_write_report(result, recorded, out))
 
 
 @app.command()
@@ -101,19 +122,19 @@ def demo(
     if fault not in program.FAULTS and fault != "healthy":
         raise ValueError(f"a fault of `unstuck demo --list` was needed, got {fault!r}: choose one of these")
     done = run_script(program.__file__, [fault])
-    if done.status:
+    if done.status or done.run is None:
         raise typer.Exit(done.status)
     console = _console()
-    if _verdict(done.run, console, None):
-        console.print(f"The report: {_write_report(done.run, None)}", soft_wrap=True)
+    result = _verdict(done.run, console, None)
+    if _is_fault(result):
+        console.print(f"The report: {_write_report(result, done.run, None)}", soft_wrap=True)
 
 
 DIAGNOSIS = "diagnosis.json"
 
 
-def _verdict(recorded, console: Console, json_out: str | None) -> bool:
-    """Diagnoses, prints, writes JSON where asked; whether a fault is SHOWN or PROVED."""
-    from unstuck.diagnosis import PROVED, SHOWN
+def _verdict(recorded: "Run", console: Console, json_out: str | None) -> "Diagnosis":
+    """Diagnoses, prints, and writes JSON where asked."""
     from unstuck.report import screen
 
     result = _diagnosed(recorded, console)
@@ -121,10 +142,16 @@ def _verdict(recorded, console: Console, json_out: str | None) -> bool:
     console.print(f"Run: {recorded.folder}   unstuck report {recorded.folder}", style="dim", soft_wrap=True)
     if json_out is not None:
         _write_json(result, json_out)
+    return result
+
+
+def _is_fault(result: "Diagnosis") -> bool:
+    from unstuck.diagnosis import PROVED, SHOWN
+
     return any(f.word in (PROVED, SHOWN) for f in result.findings)
 
 
-def _diagnosed(recorded, console: Console):
+def _diagnosed(recorded: "Run", console: Console) -> "Diagnosis":
     from unstuck.diagnosis import diagnose, dumps
 
     with _bar(console) as progress:
@@ -132,25 +159,19 @@ def _diagnosed(recorded, console: Console):
     try:
         (recorded.folder / DIAGNOSIS).write_text(dumps(result.to_json()), encoding="utf-8")
     except OSError as error:
-        console.print(f"unstuck: the diagnosis could not be saved: {error}")
+        console.print(f"unstuck: the diagnosis could not be saved: {error}", markup=False, soft_wrap=True)
     return result
 
 
-def _saved(folder: Path):
-    from unstuck.diagnosis import Diagnosis
-
-    return Diagnosis.from_json(json.loads((folder / DIAGNOSIS).read_text(encoding="utf-8")))
-
-
-def _write_report(recorded, out: Path | None) -> Path:
+def _write_report(result: "Diagnosis", recorded: "Run", out: Path | None) -> Path:
     from unstuck.report import page
 
     place = out or recorded.folder / "report.html"
-    place.write_text(page(_saved(recorded.folder), recorded), encoding="utf-8")
+    place.write_text(page(result, recorded), encoding="utf-8")
     return place
 
 
-def _write_json(result, out: str) -> None:
+def _write_json(result: "Diagnosis", out: str) -> None:
     from unstuck.diagnosis import dumps
 
     text = dumps(result.to_json())

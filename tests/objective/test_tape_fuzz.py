@@ -39,7 +39,7 @@ torch.atleast_2d({a}, {b})[1]; torch.broadcast_tensors({a}, {s})[1]; {a}.unfold(
 {a}.clone().fill_({k})
 F.softmax({a}, dim=-1, dtype=torch.float64).float(); {a}.float_power(2).float().clamp(max=9); {a}.view_as({b})
 {a}.requires_grad_()
-torch.from_numpy({c}.numpy())
+torch.from_numpy(M.numpy()) * {a}
 """
 STATEMENTS = """
 {a} += {b}; {a} *= {k}; {a}.add_({b}); {a}.mul_({s}.detach()); {a}.tanh_(); {a}.zero_(); F.relu({a}, inplace=True)

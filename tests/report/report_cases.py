@@ -1,12 +1,15 @@
-"""Made-up but plausible diagnoses, and a stand-in for the recorded run."""
+"""Made-up but plausible diagnoses and recorded runs."""
 
+import atexit
+import json
 import math
 import random
-from dataclasses import dataclass, field
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from unstuck.diagnosis._findings import (
+from unstuck.diagnosis import (
     CANNOT_TELL,
     PROVED,
     SHOWN,
@@ -18,6 +21,7 @@ from unstuck.diagnosis._findings import (
     RuledOut,
     Trial,
 )
+from unstuck.record import Run
 
 CAUSES = (
     "lr-bounces",
@@ -31,28 +35,34 @@ CAUSES = (
 )
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """What the report reads of a run."""
+HEADER = {
+    "script": "train.py",
+    "argv": ["--epochs", "20", "--lr", "0.4"],
+    "started": "2031-04-05T10:12:31+00:00",
+    "torch": "2.13.0",
+    "python": "3.11.9",
+}
+Series = tuple[list[int], list[float]]
 
-    steps: int
-    seconds: float
-    columns: dict[str, tuple[list[int], list[float]]]
-    folder: Path = Path("runs/2031-04-05-digits")
-    header: dict[str, Any] = field(
-        default_factory=lambda: {
-            "script": "train.py",
-            "argv": ["train.py", "--epochs", "20", "--lr", "0.4"],
-            "started": "2031-04-05T10:12:31+01:00",
-            "versions": {"python": "3.11.9", "torch": "2.13.0", "unstuck": "0.1.0"},
-        }
-    )
-
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        return self.columns.get(name, ([], []))
+_SHELF = Path(tempfile.mkdtemp(prefix="unstuck-report-"))
+atexit.register(shutil.rmtree, _SHELF)
 
 
-def recorded(steps: int = 600, *, stuck_from: int = 120, nan_from: int | None = None) -> Recorded:
+def run_of(columns: dict[str, Series], *, header: dict[str, Any] = HEADER, outcome: str = "finished") -> Run:
+    """A run folder whose log holds these series."""
+    rows: dict[int, dict[str, Any]] = {}
+    for name, (steps, values) in columns.items():
+        for step, value in zip(steps, values, strict=True):
+            rows.setdefault(step, {})[name] = value if math.isfinite(value) else str(value)
+    folder = Path(tempfile.mkdtemp(dir=_SHELF))
+    events = [{"kind": "start", "version": 1, **header}]
+    events += [{"kind": "step", "step": step, "time": 0.064 * step, **row} for step, row in sorted(rows.items())]
+    events += [{"kind": "end", "outcome": outcome, "overhead": 0.014}]
+    (folder / "log.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events), encoding="utf-8")
+    return Run(folder)
+
+
+def recorded(steps: int = 600, *, stuck_from: int = 120, nan_from: int | None = None) -> Run:
     """A run whose loss falls until `stuck_from`, bounces after it, and is NaN from `nan_from` on."""
     draw = random.Random(1)
     loss, norm, update, rate = [], [], [], []
@@ -69,7 +79,7 @@ def recorded(steps: int = 600, *, stuck_from: int = 120, nan_from: int | None = 
             norm[-1] *= 30.0 ** (t - nan_from + 5)
     at = list(range(steps))
     columns = {"loss": (at, loss), "grad_norm": (at, norm), "update_ratio": (at, update), "lr": (at, rate)}
-    return Recorded(steps, steps * 0.064, columns)
+    return run_of(columns)
 
 
 def _curve(start: float, end: float, *, spread: float, seed: int) -> tuple[float, ...]:

@@ -51,16 +51,14 @@ def test_an_axis_is_logarithmic_only_where_the_values_allow_and_need_it():
     steps = list(range(10))
     wide, flat = [10.0**-t for t in steps], [1.0 + 0.01 * t for t in steps]
     to_zero = [0.1 * (9 - t) for t in steps]
-    figure = draw_run(
-        cases.Recorded(10, 1.0, {"loss": (steps, wide), "grad_norm": (steps, flat), "lr": (steps, to_zero)})
-    )
+    figure = draw_run(cases.run_of({"loss": (steps, wide), "grad_norm": (steps, flat), "lr": (steps, to_zero)}))
     layout = figure.layout
     assert (layout.yaxis.type, layout.yaxis2.type, layout.yaxis3.type) == ("log", None, None)
 
 
 @pytest.mark.parametrize("values", [[], [0.7], [math.nan] * 5, [0.0, 0.0], [1.0, math.inf, -math.inf]])
 def test_few_or_broken_values_still_make_a_picture(values):
-    run = cases.Recorded(len(values), 1.0, {"loss": (list(range(len(values))), values)})
+    run = cases.run_of({"loss": (list(range(len(values))), values)})
     drawn = draw_run(run, cases.bounces().findings).to_json()
     assert drawn is not None and "NaN" not in drawn and "Infinity" not in drawn
 

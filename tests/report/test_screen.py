@@ -6,10 +6,10 @@ import pytest
 import report_cases as cases
 from rich.console import Console
 
-from unstuck.diagnosis import Arm, Diagnosis, Trial
+from unstuck.diagnosis import Arm, Diagnosis, Evidence, Trial
 from unstuck.report import screen
 from unstuck.report._screen import Spark
-from unstuck.report._words import figures
+from unstuck.report._words import figures, interval
 
 
 def shown(diagnosis: Diagnosis, width: int = 80, *, terminal: bool = False) -> str:
@@ -42,18 +42,18 @@ def test_each_number_of_a_finding_is_on_the_screen(width):
 def test_an_effect_is_told_as_a_change_of_the_loss():
     text = shown(cases.bounces())
     row = next(line for line in text.splitlines() if "learning rate ÷ 4" in line)
-    assert "38 % lower" in row and "[−45, −30]" in row and "✓ accepted" in row  # ratios 0.62, 0.55 and 0.70
+    assert "38% lower" in row and "[−45, −30]" in row and "✓ accepted" in row  # ratios 0.62, 0.55 and 0.70
     null = next(line for line in text.splitlines() if "perturbed" in line)
-    assert "1 % higher" in null and "[−6, +8]" in null and "accepted" not in null
+    assert "1% higher" in null and "[−6, +8]" in null and "accepted" not in null
 
 
 def test_arms_that_diverge_or_cannot_be_compared_say_so():
     arms = [Arm("control", "control", 0.0, 0.0, 0.0, False, (1.0, 0.9))]
     arms += [Arm("to infinity", "remedy", math.inf, math.inf, math.inf, False, (1.0, math.inf))]
-    arms += [Arm("to nowhere", "remedy", math.nan, math.nan, math.nan, False, (1.0, math.nan))]
-    arms += [Arm("far up", "remedy", math.log(12.0), math.log(9.0), math.log(16.0), False, (1.0, 11.0))]
+    arms += [Arm("to nowhere", "remedy", math.nan, math.nan, math.nan, False, (1.0, 0.9))]
+    arms += [Arm("far up", "remedy", math.log(12.0), math.log(9.0), math.log(16.0), False, 90 * (11.0,))]
     lines = {line.strip()[:8]: line for line in shown(with_arms(*arms)).splitlines()}
-    assert "diverges" in lines["to infin"] and "worse" in lines["to infin"] and "×" in lines["to infin"]
+    assert "blows up" in lines["to infin"] and "worse" in lines["to infin"] and "×" in lines["to infin"]
     assert "not comparable" in lines["to nowhe"] and "[" not in lines["to nowhe"]
     assert "12 times as high" in lines["far up  "]
 
@@ -113,3 +113,24 @@ def test_numbers_are_written_as_by_hand():
     written = {0.0: "0", 0.41: "0.41", 12345.0: "12,300", 999.9: "1,000", 2.13e-5: "2.13×10⁻⁵", -1e6: "−10⁶"}
     assert {x: figures(x) for x in written} == written
     assert [figures(x) for x in (math.nan, math.inf, -math.inf, -0.0)] == ["NaN", "∞", "−∞", "0"]
+
+
+def test_causes_that_one_reason_leaves_unchecked_share_it():
+    text = shown(replace(cases.cut(), not_checked=dict.fromkeys(("saddle", "lr-bounces"), "mend graph-cut first")), 120)
+    assert "Not checked: saddle, lr-bounces (mend graph-cut first)." in text
+
+
+def test_a_control_that_blew_up_leaves_no_percentage():
+    arms = [Arm("goes on", "control", 0.0, 0.0, 0.0, False, (1.0, 40.0, 900.0))]
+    arms += [Arm("learning rate ÷ 1,000", "remedy", -math.inf, -math.inf, -math.inf, True, (1.0, 0.5))]
+    control, row = (
+        next(line for line in shown(with_arms(*arms)).splitlines() if name in line) for name in ("goes on", "÷ 1,000")
+    )
+    assert "stays finite" in row and "accepted" in row and "%" not in row and "∞" not in row
+    assert "blows up" in control and "×" in control
+
+
+def test_an_interval_too_narrow_for_its_digits_is_given_as_an_error():
+    assert interval(Evidence("λη", 25.9, 25.8997, 25.9002, 6, "")) == "± 3×10⁻⁴"
+    assert interval(Evidence("λη", 25.9, 25.8, 26.1, 6, "")) == "[25.8, 26.1]"
+    assert interval(Evidence.exact("λη", 25.9, "")) == ""

@@ -47,16 +47,18 @@ class Case:
         self.run = run
         self._measures = measures
         self._known: dict[str, Evidence | None] = {}
+        self.reasons: dict[str, str] = {}  # why a quantity is unknown, where that was said
         self._once: dict[Callable[[Case], Any], Any] = {}
-        self.steps, self.losses = run.series("loss")
+        self.steps, self.losses = _losses(run)
 
     def __getitem__(self, name: str) -> Evidence | None:
         """The quantity, or None where this run cannot tell it."""
         if name not in self._known:
             try:
                 self._known[name] = self._measures[name](self)
-            except TapeError:
+            except (TapeError, ValueError) as error:
                 self._known[name] = None
+                self.reasons[name] = str(error)
         return self._known[name]
 
     def once(self, function: Callable[["Case"], T]) -> T:
@@ -133,10 +135,28 @@ class Case:
             p = counts[counts > 0] / counts.sum()
             return float(-(p * p.log()).sum())
         if kinds == {"mse_loss"}:
-            y = torch.cat([y.flatten().double() for _, y in known])
-            return float(y.var(correction=0))
+            rows = [y.double().reshape(len(y) if y.dim() else 1, -1) for _, y in known]
+            if len({y.shape[1] for y in rows}) > 1:
+                rows = [y.reshape(-1, 1) for y in rows]
+            return float(torch.cat(rows).var(0, correction=0).mean())
         finite = [x for x in self.losses[:10] if math.isfinite(x)]
         return max(finite, default=math.nan)
+
+
+def _losses(run: Run) -> tuple[list[int], list[float]]:
+    """Steps and losses of the optimiser that has most of them: those of another (in a GAN) are of another function."""
+    known = [e for e in run.of("step") if e.get("loss") is not None]
+    owners = [e.get("optimizer", 0) for e in known]
+    owner = max(dict.fromkeys(owners), key=owners.count, default=0)
+    mine = [e for e, o in zip(known, owners, strict=True) if o == owner]
+    return [e["step"] for e in mine], [float(e["loss"]) for e in mine]
+
+
+def rebuilt(state: State, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """The run's optimiser, with its state, over `weights` (leaves); ValueError where there is none."""
+    if state.optimizer is None:
+        raise ValueError("the run's optimiser is needed; it had none, or several")
+    return state.optimizer.build(weights)
 
 
 def distinct(tapes: Sequence[Tape]) -> tuple[Tape, ...]:

@@ -39,7 +39,12 @@ def diagnose(
     `diagnose(run, hypotheses=(*HYPOTHESES, mine))`. `progress(text, share)` is told how far it is. Neither the run nor
     the training that wrote it is changed.
     """
-    case = Case(run, {**MEASURES, **(measures or {})})
+    with run.paused():
+        return _diagnosis(Case(run, {**MEASURES, **(measures or {})}), hypotheses, progress)
+
+
+def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress | None) -> Diagnosis:
+    run = case.run
     codes = (*EXACT, *(h.code for h in hypotheses))
     if run.steps == 0:
         return _result(run, [], (), dict.fromkeys(codes, "no optimiser step was recorded"))
@@ -54,9 +59,8 @@ def diagnose(
         return _without_tapes(case, codes, sign)
     findings, open_questions = _eliminate(case, hypotheses, sign, progress)
     if not findings and sign in (BLIND, DIVERGED):
-        findings = [
-            _unknown(case, "No known cause survives the measurements, yet the outputs do not depend on the inputs.")
-        ]
+        what = _blown_up(case) if sign == DIVERGED else "The outputs do not depend on the inputs"
+        findings = [_unknown(case, f"{what}; no known cause survives the measurements.")]
     return _result(run, findings, [c for c in codes if c not in open_questions], open_questions)
 
 
@@ -101,7 +105,8 @@ def _judge(case: Case, h: Hypothesis) -> tuple[str | None, str | None]:
             found = case[p.quantity]
             return p.because(found.value if found is not None else math.nan), None
         if holds is None and p.needed:
-            missing = f"{p.quantity} cannot be measured in this run"
+            why = case.reasons.get(p.quantity)
+            missing = f"{p.quantity} cannot be measured in this run" + (f": {why}" if why else "")
     return None, missing
 
 
@@ -123,7 +128,7 @@ def _tried(case: Case, h: Hypothesis, sign: str, progress: Progress | None) -> F
         return RuledOut(
             h.code, f"its own remedy does not help: {best.remedy} ends {_change(best.effect)} than the control"
         )
-    elif sign == BLIND:
+    elif sign in (BLIND, DIVERGED):
         word = SUSPECT
     else:
         return because
@@ -183,8 +188,20 @@ def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
     level = case["loss over chance"]
     if sign != DIVERGED and (level is None or level.value < 0.8):
         return _result(case.run, [], EXACT, dict.fromkeys(codes[len(EXACT) :], because))
-    found = _unknown(case, f"The loss is stuck or blown up, but the steps cannot be replayed: {because}.")
+    what = _blown_up(case) if sign == DIVERGED else "The loss is stuck at the level of chance"
+    found = _unknown(case, f"{what}; the steps cannot be replayed: {because}.")
     return _result(case.run, [found], EXACT, dict.fromkeys(codes[len(EXACT) :], because))
+
+
+def _blown_up(case: Case) -> str:
+    fact = next((e for e in case.run.of("fact") if e["code"] == "non-finite"), None)
+    if fact is None:
+        return "The loss blew up"
+    origin = {"parameter": f"the weights of {fact['where']}", "forward": f"the forward pass, {fact['where']}()"}
+    where = origin.get(fact["origin"], "a place that was not recorded")
+    return (
+        f"The loss is {fact['loss']} since step {fact['step']}, and the first number that is not finite is in {where}"
+    )
 
 
 def _unknown(case: Case, claim: str) -> Finding:

@@ -27,8 +27,8 @@ def non_finite_data(case: Case) -> Finding | None:
         "non-finite-data",
         SHOWN,
         fact["step"],
-        f"{fact['where']}, rows {', '.join(map(str, rows))}",
-        f"The loss became {fact['loss']} at step {fact['step']} because the batch itself holds numbers that are not "
+        f"{fact['where']}, {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows))}",
+        f"The loss is {fact['loss']} since step {fact['step']} because the batch itself holds numbers that are not "
         "finite; the weights were still finite before it.",
         "Find these rows in the data and drop or impute them; check the data once with torch.isfinite before training.",
         (Evidence.exact("rows that are not finite", len(rows), "rows of the batch with NaN or infinity"),),

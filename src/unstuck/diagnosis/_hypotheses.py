@@ -12,8 +12,9 @@ from unstuck.diagnosis._findings import plain
 from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
+INF = math.inf
 DIVERGED, BLIND, STUCK = "diverged", "blind", "stuck"  # symptoms
-DEPENDS = 0.002  # the least share of the outputs' variance that inputs must account for
+DEPENDS = structure.DEPENDS
 GENUINE = 0.05  # a saddle leads down to both sides by this share of the loss
 
 MEASURES: dict[str, Measure] = {
@@ -23,6 +24,7 @@ MEASURES: dict[str, Measure] = {
     "input dependence": structure.input_dependence,
     "dead units": structure.dead_share,
     "saturation": structure.saturation,
+    "units at rest": structure.at_rest,
     "smallest signal": structure.smallest_scale,
     "signal into the dead layer": structure.dead_signal,
     "relative gradient": structure.relative_gradient,
@@ -33,6 +35,7 @@ MEASURES: dict[str, Measure] = {
     "head-room elsewhere": motion.head_room_elsewhere,
     "drift gain": motion.drift_gain,
     "curvature × rate": motion.curvature_times_rate,
+    "curvature × rate at the start": motion.curvature_at_the_start,
     "different batches": motion.different_batches,
     "escape gain": motion.escape_gain,
 }
@@ -82,7 +85,7 @@ def symptom(case: Case) -> str | None:
     at_chance = level is None or level.value > 0.8
     if rise is not None and (math.isinf(rise.value) or (rise.value >= 10 and at_chance)):
         return DIVERGED
-    if dependence is not None and dependence.value < DEPENDS and at_chance:
+    if dependence is not None and dependence.value < DEPENDS and level is not None and at_chance:
         return BLIND
     trend = case["trend"]
     flat = trend is not None and (trend.value > -0.15 or trend.high > 0.3)
@@ -106,6 +109,11 @@ def _diverged(case: Case) -> str:
     )
 
 
+def _slowed(case: Case) -> list[Remedy]:
+    steep = _value(case, "curvature × rate at the start")
+    return [remedies.rate(case.start, 1 / k) for k in (10, 100, 1000, *([steep] if 1000 < steep < INF else []))]
+
+
 def _zero(case: Case) -> str:
     return (
         f"The weights started at zero, and {_value(case, 'zero gradients'):.0%} of the parameters have a gradient of "
@@ -127,9 +135,9 @@ def _revived(case: Case) -> list[Remedy]:
 
 def _killed(case: Case) -> str:
     return (
-        f"An earlier step destroyed the network: {_value(case, 'dead units'):.0%} of a layer's units are dead, and the "
-        f"weights are {plain(_value(case, 'growth of the weights'))} times as long as at the start. A lower rate from "
-        "here cures nothing."
+        f"An earlier step destroyed the network: {_value(case, 'units at rest'):.0%} of a layer's units are dead or "
+        f"saturated, and the weights are {plain(_value(case, 'growth of the weights'))} times as long as at the start. "
+        "A lower rate from here cures nothing."
     )
 
 
@@ -187,12 +195,11 @@ def _lowered(case: Case) -> list[Remedy]:
     return arms if motion.repeats_one_batch(case) else [*arms, remedies.larger_batch(4)]
 
 
-INF = math.inf
 BLINDNESS = Prediction(
     "input dependence", 0, DEPENDS, "the outputs depend on the inputs ({value:.0%} of their variance)"
 )
 SIGHT = Prediction(
-    "input dependence", DEPENDS, 1, "the outputs do not depend on the inputs ({shown} of their variance)"
+    "input dependence", DEPENDS, 1, "the outputs do not depend on the inputs ({value:.1%} of their variance)"
 )
 DEATH = Prediction("dead units", 0.9, 1, "the units are alive ({value:.0%} of the worst layer never fire)")
 LIFE = Prediction("dead units", 0, 0.9, "the units are dead ({value:.0%} of a layer never fire)", needed=False)
@@ -204,12 +211,11 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(
         "lr-diverges",
         (DIVERGED,),
-        (Prediction("rise of the loss", 10, INF, "the loss never rose far above its start ({shown} times at worst)"),),
+        (Prediction("rise of the loss", 10, INF, "the loss never rose far above its start (at worst {shown} × it)"),),
         _diverged,
         "Start again with a learning rate that the trial accepts; warm-up or clipping helps an unstable start.",
-        lambda case: [remedies.rate(case.start, 1 / k) for k in (10, 100, 1000)],
+        _slowed,
         origin=lambda case: case.start,
-        decisive=True,
     ),
     Hypothesis(
         "zero-init",
@@ -239,7 +245,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
                 "growth of the weights",
                 0,
                 8,
-                "the weights have grown {shown}-fold: a step killed them",
+                "the weights are {shown} × as long as at the start: a step killed them",
                 needed=False,
             ),
         ),
@@ -251,7 +257,11 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     Hypothesis(
         "killed",
         (BLIND, STUCK),
-        (DEATH, SIGNAL, Prediction("growth of the weights", 8, INF, "the weights have not grown ({shown}-fold)")),
+        (
+            Prediction("units at rest", 0.9, 1, "the units are alive ({value:.0%} of the worst layer are at rest)"),
+            SIGNAL,
+            Prediction("growth of the weights", 8, INF, "the weights have not grown (‖w‖ is {shown} × its start)"),
+        ),
         _killed,
         "Start again from the beginning with a lower learning rate.",
         lambda case: [remedies.rate(case.start, 1 / k) for k in (10, 30)],
@@ -293,6 +303,13 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
                 DEPENDS,
                 "the outputs follow the inputs ({value:.0%} of their variance): no plateau",
             ),
+            Prediction(
+                "growth of the weights",
+                0,
+                8,
+                "the weights are {shown} × as long as at the start: a step threw them there",
+                needed=False,
+            ),
         ),
         _saturated,
         "Rescale the inputs or the layer, or use an activation that does not saturate.",
@@ -315,9 +332,7 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         (STUCK,),
         (
             SIGHT,
-            Prediction(
-                "head-room", 200, INF, "an update could be only {shown} times as long (a tiny one: over 200 times)"
-            ),
+            Prediction("head-room", 200, INF, "an update could be only {shown} × as long (a tiny one: over 200 ×)"),
             Prediction("head-room elsewhere", 20, INF, "on another batch it could be only {shown} times as long"),
             Prediction("drift gain", 0.01, 1, "nothing is gained further along its way ({value:.1%})", needed=False),
         ),

@@ -3,17 +3,18 @@
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from unstuck.critical import Escape, escape
-from unstuck.curvature import Operator, eigenpairs
-from unstuck.diagnosis._case import Case, distinct
+from unstuck.curvature import eigenpairs, hessian
+from unstuck.diagnosis._case import Case, distinct, rebuilt
 from unstuck.diagnosis._findings import Evidence
 from unstuck.diagnosis._structure import mean_loss
 from unstuck.objective import Tape
-from unstuck.record import Optimizer
+from unstuck.record import Optimizer, State
 
 CAP = 4096.0  # the largest multiple of an update that is tried
 WINDOW = 1 / 3  # of the run, at its end: the stretch over which the loss must have stopped falling
@@ -54,22 +55,22 @@ def level(case: Case) -> Evidence | None:
 
 def rise(case: Case) -> Evidence | None:
     """The worst loss against the one the run began with; infinite where it stopped being finite."""
-    if len(case.losses) < 2 or not math.isfinite(case.losses[0]) or case.losses[0] <= 0:
+    if case.losses and not math.isfinite(case.losses[0]):
+        return Evidence.exact("rise of the loss", math.inf, "the loss was never a number", n=len(case.losses))
+    if len(case.losses) < 2 or case.losses[0] <= 0:
         return None
     bad = any(not math.isfinite(x) for x in case.losses)
     worst = math.inf if bad else max(case.losses) / case.losses[0]
     return Evidence.exact("rise of the loss", worst, "the worst loss over the first", n=len(case.losses))
 
 
-def update(case: Case, tape: Tape, weights: Sequence[Tensor]) -> list[Tensor] | None:
-    """What the run's optimiser, with its state, would do to `weights` on a tape."""
-    if case.state is None or case.state.optimizer is None:
-        return None
-    leaves = [w.detach().clone().requires_grad_(w.is_floating_point()) for w in weights]
-    optimizer = case.state.optimizer.build(leaves)
+def update(state: State, tape: Tape) -> list[Tensor]:
+    """What the run's optimiser, with its state, would do to the weights on a tape."""
+    leaves = [w.detach().clone().requires_grad_(w.is_floating_point()) for w in state.weights]
+    optimizer = rebuilt(state, leaves)
     tape.replay(leaves).backward()
     optimizer.step()
-    return [(a.detach() - b) for a, b in zip(leaves, weights, strict=True)]
+    return [(a.detach() - b) for a, b in zip(leaves, state.weights, strict=True)]
 
 
 def head_room(case: Case) -> Evidence | None:
@@ -91,10 +92,7 @@ def _head_room(case: Case, name: str, meaning: str, *, shift: int) -> Evidence |
         return None
     found: list[float] = []
     for k, tape in enumerate(tapes[:5]):
-        step = update(case, tape, state.weights)
-        if step is None:
-            return None
-        found.append(_crossing(state.weights, step, tapes[(k + shift) % len(tapes)]))
+        found.append(_crossing(state.weights, update(state, tape), tapes[(k + shift) % len(tapes)]))
     return Evidence(name, statistics.median(found), min(found), max(found), len(found), meaning)
 
 
@@ -103,9 +101,10 @@ def _crossing(weights: Sequence[Tensor], step: Sequence[Tensor], tape: Tape) -> 
 
     def raised(multiple: float) -> bool:
         here = mean_loss([w + multiple * d for w, d in zip(weights, step, strict=True)], [tape])
-        return not here < base
+        return not here <= base + rounding
 
     base = mean_loss(weights, [tape])
+    rounding = 8 * abs(base) * torch.finfo(step[0].dtype).eps  # a tiny update's gain can be smaller than that
     low, high = 1 / 16, 1 / 16
     if raised(low):
         return 0.0
@@ -135,7 +134,7 @@ def drift_gain(case: Case) -> Evidence | None:
         loss = mean_loss([w + 2.0**k / 4 * d for w, d in zip(now.weights, way, strict=True)], case.fixed)
         if not math.isfinite(loss):
             break
-        best = max(best, 1 - loss / base)
+        best = max(best, 1 - loss / base if base > 0 else 0.0)
     return Evidence.exact(
         "drift gain",
         best,
@@ -146,18 +145,31 @@ def drift_gain(case: Case) -> Evidence | None:
 
 def curvature_times_rate(case: Case) -> Evidence | None:
     """λ₁ of the Hessian, preconditioned as the optimiser does, times the effective rate: 2 is the edge of stability."""
-    state = case.state
+    return _curvature_times_rate(case, case.state, "curvature × rate")
+
+
+def curvature_at_the_start(case: Case) -> Evidence | None:
+    """The same before the first step, where an adaptive optimiser has no preconditioner yet."""
+    return _curvature_times_rate(case, case.start, "curvature × rate at the start")
+
+
+def _curvature_times_rate(case: Case, state: State | None, name: str) -> Evidence | None:
     if state is None or state.optimizer is None or not case.fixed:
         return None
     objective = case.objective(case.fixed, state.weights)
     used = sorted({k for t in case.fixed for k in t.program.reads()})
-    scale = torch.cat([_rates(state.optimizer, k).flatten().expand(state.weights[k].numel()) for k in used])
-    root = scale.sqrt()
-    A = Operator(lambda v: root * objective.product(root * v), objective.size)
+    rates = [_rates(state.optimizer, k) for k in used]
+    known = [r for r in rates if r is not None]
+    if len(known) < len(rates):
+        return None
+    scale = torch.cat([r.flatten().expand(state.weights[k].numel()) for r, k in zip(known, used, strict=True)])
+    root = scale.sqrt().to(objective.point)
+    H = hessian(objective)
+    A = replace(H, matvec=lambda v: root * (H @ (root * v)))
     pairs = eigenpairs(A, largest=1, smallest=1, tol=0.05, max_products=40, generator=torch.Generator().manual_seed(0))
     value, error = float(pairs.values.max()), float(pairs.errors[pairs.values.argmax()])
     return Evidence(
-        "curvature × rate",
+        name,
         value,
         value - error,
         value + error,
@@ -166,21 +178,26 @@ def curvature_times_rate(case: Case) -> Evidence | None:
     )
 
 
-def _rates(optimizer: Optimizer, parameter: int) -> Tensor:
-    """The effective rate of a parameter's entries: η, over 1 − β with momentum, over √v̂ + ε with Adam."""
+def _rates(optimizer: Optimizer, parameter: int) -> Tensor | None:
+    """The effective rate of a parameter's entries: η, over 1 − β with momentum, over √v̂ + ε with Adam and its kin.
+
+    None where the optimiser keeps what we cannot read a rate from.
+    """
     group = next((g for g, m in zip(optimizer.groups, optimizer.members, strict=True) if parameter in m), None)
     if group is None:
         return torch.zeros(1)
     rate = float(group.get("lr", 0.0))
-    momentum = float(group.get("momentum", 0.0) or 0.0)
+    rate /= 1 - float(group.get("momentum", 0.0) or 0.0)
     kept = optimizer.state.get(parameter, {})
-    if "exp_avg_sq" in kept:
-        beta = group["betas"][1]
-        step = float(kept.get("step", 1))
-        return rate / ((kept["exp_avg_sq"] / (1 - beta**step)).sqrt() + group["eps"])
-    if "square_avg" in kept:
-        return rate / (kept["square_avg"].sqrt() + group["eps"])
-    return torch.full((1,), rate / (1 - momentum))
+    if "exp_avg_sq" in kept and "betas" in group:  # Adam, AdamW, NAdam, RAdam
+        moment = kept.get("max_exp_avg_sq", kept["exp_avg_sq"])
+        return rate / ((moment / (1 - group["betas"][1] ** float(kept.get("step", 1)))).sqrt() + group["eps"])
+    if set(kept) <= {"step", "square_avg", "momentum_buffer", "grad_avg"} and "square_avg" in kept:  # RMSprop
+        moment = kept["square_avg"] - kept["grad_avg"] ** 2 if "grad_avg" in kept else kept["square_avg"]
+        return rate / (moment.sqrt() + group["eps"])
+    if set(kept) <= {"step", "sum"} and "sum" in kept:  # Adagrad
+        return rate / (1 + (float(kept["step"]) - 1) * group["lr_decay"]) / (kept["sum"].sqrt() + group["eps"])
+    return torch.full((1,), rate) if set(kept) <= {"step", "momentum_buffer"} else None
 
 
 def repeats_one_batch(case: Case) -> bool:
@@ -208,7 +225,7 @@ def way_out(case: Case) -> tuple[Escape, Tensor] | None:
 def escape_gain(case: Case) -> Evidence | None:
     """By how much the loss falls along the most negative curvature: the smaller of the two sides."""
     found = case.once(way_out)
-    if found is None:
+    if found is None or found[0].loss <= 0:
         return None
     gains = sorted(1 - loss / found[0].loss for loss in found[0].losses)
     meaning = "share of the loss gained along ± the most negative curvature, the smaller side"

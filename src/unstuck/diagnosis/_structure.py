@@ -13,6 +13,7 @@ from unstuck.diagnosis._case import Case, Comparison, comparison
 from unstuck.diagnosis._findings import Evidence
 from unstuck.objective import Instruction, Program, Slot, Tape, tensors
 
+DEPENDS = 0.002  # the least share of the outputs' variance that inputs must account for
 RECTIFIERS = frozenset(("relu", "relu_", "relu6", "clamp_min", "threshold"))
 SIGMOIDS = {"tanh": 1.0, "tanh_": 1.0, "sigmoid": 0.25, "sigmoid_": 0.25}  # the largest derivative
 
@@ -86,6 +87,8 @@ def input_dependence(case: Case) -> Evidence | None:
     if o.shape[1] == 1:  # one output: its spread against that of the targets
         targets = case.once(take_census).targets
         whole = float(torch.cat(targets).var(correction=0)) if targets else whole
+        if whole == 0 and targets:
+            return None  # as in one half of a GAN's loss: the targets ask for no dependence
     share = 0.0 if across < 1e-12 or whole == 0 else min(across / whole, 1.0)
     return Evidence.exact(
         "input dependence", share, "share of the outputs' variance that comes from the inputs", n=len(o)
@@ -120,6 +123,18 @@ def saturation(case: Case) -> Evidence | None:
         )
     return Evidence.exact(
         "saturation", max(shares), "share of activations on the flat part of a tanh or sigmoid", n=_examples(case)
+    )
+
+
+def at_rest(case: Case) -> Evidence | None:
+    """Dead units, or in a network that is blind saturated ones: elsewhere a saturated output may just be sure."""
+    shares = [case["dead units"]]
+    dependence = case["input dependence"]
+    if dependence is not None and dependence.value < DEPENDS:
+        shares.append(case["saturation"])
+    worst = max((s.value for s in shares if s is not None), default=0.0)
+    return Evidence.exact(
+        "units at rest", worst, "share of a layer's units, dead or saturated, that pass no gradient", n=_examples(case)
     )
 
 

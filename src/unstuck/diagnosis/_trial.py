@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unstuck.diagnosis._case import Case
+from unstuck.diagnosis._case import Case, rebuilt
 from unstuck.diagnosis._findings import Arm, Trial
 from unstuck.diagnosis._structure import mean_loss
 from unstuck.objective import Tape, TapeError
@@ -63,10 +63,8 @@ class Remedy:
 
 def fork(state: State) -> Fork:
     """A copy of the run as it stood; ValueError where its optimiser cannot be built again."""
-    if state.optimizer is None:
-        raise ValueError("a trial needs the run's optimiser; it had none, or several")
     weights = [w.detach().clone().requires_grad_(w.is_floating_point()) for w in state.weights]
-    return Fork(weights, state.optimizer.build(weights))
+    return Fork(weights, rebuilt(state, weights))
 
 
 def nudge(copy: Fork) -> None:
@@ -179,6 +177,8 @@ def _arm(
     mine = [r.level for r in results]
     # Where the null arm strays, it is one more sample of what the control does; its single stray counts as error else.
     control = [r.level for order in orders for r in ((order[0],) if len(orders) == 1 else (order[0], order[-1]))]
+    if not all(math.isinf(level) for level in control):  # one that was given up ended somewhere up there
+        control = [min(level, begin + math.log(HOPELESS)) for level in control]
     effect = _difference(mine, control if role != "control" else mine)
     reach, stray = 0.0, _difference([orders[0][-1].level], [orders[0][0].level])
     if role != "control" and math.isfinite(effect):

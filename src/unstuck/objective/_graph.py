@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from unstuck.objective._calls import SHAPES
 from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, leaves, map_leaves
@@ -55,12 +56,20 @@ class Call:
     kwargs: tuple[tuple[str, Any], ...] = ()
     needs: list["Call"] = field(default_factory=list)
     parameters: list[tuple[int, int, int]] = field(default_factory=list)  # slot, version, writes seen until then
-    apart: bool = False  # whether autograd does not see writes into its results (.data)
     elastic: bool = False  # whether numbers that depend on the parameters decide the shape of the results
     state: Tensor | None = None  # of the generator, where it draws
     versions: tuple[int, ...] = ()  # of the tensors it returned
     expects: Any = None
     refusal: str | None = None
+
+
+class Written(NamedTuple):
+    """Memory that calls wrote into."""
+
+    storage: StorageWeakRef
+    by: Call  # the last of them
+    base: Taken | None  # the copy of the memory, where it was a constant's
+    tracked: bool  # whether what was written has a gradient
 
 
 class Vault:
@@ -86,9 +95,22 @@ class Vault:
         return kept, None
 
 
+def memory_of(tensor: Tensor) -> int:
+    """Where the memory that a tensor lies in begins, the same for tensors that share it through numpy; 0 for none."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+
+
 def version_of(tensor: Tensor) -> int:
     """How often the tensor was written into; -1 where torch does not count."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def versions_of(given: Sequence[Tensor]) -> list[int]:
+    """The versions of several tensors."""
+    try:
+        return [t._version for t in given]
+    except RuntimeError:
+        return [version_of(t) for t in given]
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -107,7 +129,8 @@ def compact_bytes(tensor: Tensor) -> int:
 def copied(tensor: Tensor) -> Tensor:
     """A copy of the same shape and strides, expanded where the original is."""
     with torch.inference_mode(mode=False):
-        return _compact(tensor.detach()).clone().expand(tensor.shape)
+        compact = _compact(tensor.detach())
+        return compact.clone() if compact.shape == tensor.shape else compact.clone().expand(tensor.shape)
 
 
 def ancestors(calls: Iterable[Call]) -> set[Call]:
@@ -154,9 +177,10 @@ def quoted(numbers: Iterable[float], kept: Iterable[Call]) -> float | None:
 
 
 def compile_tape(
-    kept: Sequence[Call], roots: Sequence[Call], losses: Sequence[Tensor], leaves_count: int, vault: Vault
+    kept: Sequence[Call], roots: Sequence[Call], losses: Sequence[Tensor], parameters: Sequence[Tensor], vault: Vault
 ) -> Tape:
     """The tape of the calls `kept`, in their order, with the constants copied."""
+    leaves_count = len(parameters)
     made: dict[tuple[int, int], int] = {}
     constants: dict[tuple[int, int], int] = {}
     taken: list[Taken] = []
@@ -198,7 +222,7 @@ def compile_tape(
     for call in kept:
         calls.append(instruction(call))
     ends = tuple(number(root.args[0]).at for root in roots)
-    copies = [_kept(x, vault) for x in taken]
+    copies = _copies(taken, parameters, vault)
     overwritten = frozenset(k for k, x in enumerate(taken) if x.overwritten)
     size = leaves_count + len(made)
     return Tape(
@@ -209,6 +233,13 @@ def compile_tape(
         loss=float(sum(losses)),
         step=0,
     )
+
+
+def _copies(taken: Sequence[Taken], parameters: Sequence[Tensor], vault: Vault) -> list[tuple[Tensor, int | None]]:
+    stored = {id(p.grad) for p in parameters if p.grad is not None}
+    if any(id(x.tensor) in stored for x in taken):
+        raise TapeError("the loss uses the stored gradient of a parameter")
+    return [_kept(x, vault) for x in taken]
 
 
 def _kept(taken: Taken, vault: Vault) -> tuple[Tensor, int | None]:

@@ -234,13 +234,21 @@ def tensors(x: Any) -> list[Tensor]:
     """The tensors in a result or an argument, in a fixed order."""
     if isinstance(x, Tensor):
         return [x]
-    if isinstance(x, (tuple, list)):
-        return [t for y in x for t in tensors(y)]
-    if isinstance(x, dict):
-        return [t for y in x.values() for t in tensors(y)]
-    if isinstance(x, slice):
-        return tensors((x.start, x.stop, x.step))
-    return []
+    found: list[Tensor] = []
+    _collect((x,), found)
+    return found
+
+
+def _collect(items: Any, found: list[Tensor]) -> None:
+    for x in items:
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, (tuple, list)):
+            _collect(x, found)
+        elif isinstance(x, dict):
+            _collect(x.values(), found)
+        elif type(x) is slice:
+            _collect((x.start, x.stop, x.step), found)
 
 
 def leaves(x: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -45,17 +46,18 @@ from unstuck.objective._graph import (
     Made,
     Taken,
     Vault,
+    Written,
     ancestors,
     compact_bytes,
     compile_tape,
     copied,
+    memory_of,
     quoted,
     steering,
     version_of,
+    versions_of,
 )
 from unstuck.objective._program import Program, Slice, Slot, Tape, TapeError, generator_state, tensors
-
-__all__ = ["Recorder", "Vault", "caller"]
 
 _PLAIN = (bool, int, float, complex, str, range, type(None), type(...), torch.dtype, torch.device, torch.layout)
 _LITERALS = frozenset((*_PLAIN, torch.memory_format))
@@ -73,10 +75,13 @@ class Recorder(TorchFunctionMode):
         self.leaves = leaves
         self.cuts: list[tuple[str, str]] = []
         self.used: set[int] = set()  # slots of the parameters that some call took
+        self.calls = 0
+        self.seconds = 0.0  # spent in here beside the calls themselves
+        self._outside = 0.0  # what the calls themselves took
         self._known: dict[int, Slot | Made] = {id(p): Slot(k) for k, p in enumerate(leaves)}  # live tensors by id
         self._alive: dict[int, weakref.ref[Tensor]] = {}  # these take dead tensors out of `_known`
         self._held: dict[int, list[weakref.ref[Taken]]] = {}  # constants by their memory
-        self._written: dict[int, tuple[StorageWeakRef, Call, Taken | None]] = {}  # memory, its last write, its copy
+        self._written: dict[int, Written] = {}  # memory that calls wrote into
         self._crowded = 16  # how many written memories are looked through for dead ones
         self._changes: Counter[int] = Counter()  # writes into parameters, by slot
         self._owners: dict[int, list[int]] = {}  # slots of parameters by their memory
@@ -86,24 +91,29 @@ class Recorder(TorchFunctionMode):
         self._losses: list[Tensor] = []
         self._count = 0
         self._elastic = False  # whether there are shapes that depend on the parameters
-        self._apart = False  # whether there are tensors whose writes autograd does not see
+        self._apart: dict[int, StorageWeakRef] = {}  # memory that is also seen through .data
         self._refusal: str | None = None
         self._off = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        if self._off or torch.compiler.is_compiling():  # the compiler looks into function modes
+            return func(*args, **(kwargs or {}))
+        began, self._outside, self.calls = perf_counter(), 0.0, self.calls + 1
+        result = self._see(func, args, kwargs or {})
+        self.seconds += perf_counter() - began - self._outside
+        return result
+
+    def _see(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, attribute = label(func)
         if attribute in PROPERTIES or name in METADATA:
             if self._elastic and (attribute or name) in SHAPES:
                 return self._look(func, attribute or name, args, kwargs)
-            return func(*args, **kwargs)
-        if self._off:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         if name == "backward":
             return self._backward(func, args, kwargs)
-        given = tensors(args) + (tensors(kwargs) if kwargs else [])
+        given = tensors((*args, kwargs) if kwargs else args)
         if not given:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         try:
             touched = self._touched(given)
             if attribute:
@@ -113,23 +123,37 @@ class Recorder(TorchFunctionMode):
         except Exception as error:
             touched = self._failed(name, error)
         if not touched or self._refusal is not None:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         return self._record(func, name, args, kwargs, given)
+
+    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        began = perf_counter()
+        result = func(*args, **kwargs)
+        self._outside += perf_counter() - began  # not our time
+        return result
 
     def root(self, roots: Sequence[Tensor]) -> None:
         """Notes what backward() is called on."""
-        for tensor in roots:
-            if self._refusal is not None:
-                return
-            call = self._open("backward", None)
-            call.args = (self._leaf(tensor, call),)
-            if type(call.args[0]) is Taken:
-                self._refuse(call.refusal or "backward() was called on a tensor that no recorded call made")
-            elif tensor.numel() != 1:
-                self._refuse("backward() was called on a tensor that is not a scalar")
-            else:
-                self._roots.append(call)
-                self._losses.append(tensor.detach().clone().reshape(()))
+        self._off = True  # what we ask of the roots is no part of the step
+        try:
+            for tensor in roots:
+                if self._refusal is None:
+                    self._note_root(tensor)
+        except Exception as error:
+            self._failed("backward", error)
+        finally:
+            self._off = False
+
+    def _note_root(self, tensor: Tensor) -> None:
+        call = self._open("backward", None)
+        call.args = (self._leaf(tensor, call),)
+        if type(call.args[0]) is Taken:
+            self._refuse(call.refusal or "backward() was called on a tensor that no recorded call made")
+        elif tensor.numel() != 1:
+            self._refuse("backward() was called on a tensor that is not a scalar")
+        else:
+            self._roots.append(call)
+            self._losses.append(tensor.detach().clone().reshape(()))
 
     def finish(self, vault: Vault, *, step: int = 0, like: Program | None = None) -> Tape:
         """The compiled tape; TapeError says why there is none. `like` is a program to share where it is the same."""
@@ -144,7 +168,7 @@ class Recorder(TorchFunctionMode):
         number = quoted(self._numbers, calls)
         if number is not None:
             raise TapeError(f"a number that was read back ({number:.6g}) goes into a later call")
-        tape = compile_tape(calls, self._roots, self._losses, len(self.leaves), vault)
+        tape = compile_tape(calls, self._roots, self._losses, self.leaves, vault)
         return replace(tape, step=step, program=like if like is not None and like == tape.program else tape.program)
 
     def _check(self, call: Call) -> None:
@@ -174,7 +198,7 @@ class Recorder(TorchFunctionMode):
             self._refuse("backward() was given weights or chosen inputs")
         self._off = True  # hooks and recomputation inside backward are not part of the forward
         try:
-            return func(*args, **kwargs)
+            return self._call(func, args, kwargs)
         finally:
             self._off = False
 
@@ -199,12 +223,12 @@ class Recorder(TorchFunctionMode):
 
     def _alias(self, tensor: Tensor) -> Made | None:
         """A tensor whose memory a call wrote into, as a view of the copy of that memory."""
-        entry = self._last_write(tensor)
-        return None if entry is None else self._view(tensor, entry[2], [entry[1]])
+        written = self._last_write(tensor)
+        return None if written is None else self._view(tensor, written.base, [written.by])
 
-    def _last_write(self, tensor: Tensor) -> tuple[StorageWeakRef, Call, Taken | None] | None:
-        entry = self._written.get(_memory(tensor)) if self._written else None
-        return None if entry is None or entry[0].expired() else entry
+    def _last_write(self, tensor: Tensor) -> Written | None:
+        written = self._written.get(memory_of(tensor)) if self._written else None
+        return None if written is None or written.storage.expired() else written
 
     def _view(self, tensor: Tensor, base: Taken | None, needs: list[Call]) -> Made:
         call = self._open("as_strided", torch.as_strided)
@@ -218,7 +242,7 @@ class Recorder(TorchFunctionMode):
     def _preserve(self, name: str, args: Any, given: Sequence[Tensor], *, touched: bool) -> bool:
         """Readies the constants that a call is about to write into; whether the call must be recorded."""
         for tensor in tensors(args[0]) if args and name not in STATISTICS else given:
-            key = _memory(tensor)
+            key = memory_of(tensor)
             if not key or id(tensor) in self._known or tensor.requires_grad:
                 continue
             held = [taken for ref in self._held.pop(key, ()) if (taken := ref()) is not None and taken.before is None]
@@ -240,7 +264,7 @@ class Recorder(TorchFunctionMode):
             return None  # it stays a constant, and its version tells
         base = Taken(tensor, LOST, copied(tensor.detach().as_strided(whole, (1,), 0)), overwritten=True)
         made = self._view(tensor, base, [])
-        self._written[key] = (StorageWeakRef(tensor.untyped_storage()), made.call, base)
+        self._written[key] = Written(StorageWeakRef(tensor.untyped_storage()), made.call, base, tracked=False)
         return base
 
     def _leaf(self, tensor: Tensor, call: Call) -> Slot | Made | Taken:
@@ -252,12 +276,14 @@ class Recorder(TorchFunctionMode):
             call.epoch = call.part
             return leaf
         last = self._last_write(tensor)
-        sources = [leaf.call] if last is None else [leaf.call, last[1]]
+        sources = [leaf.call] if last is None else [leaf.call, last.by]
         call.needs += sources
         call.epoch = max(call.epoch, *(source.epoch for source in sources))
         call.elastic = call.elastic or leaf.call.elastic
         if last is None and leaf.call.versions[leaf.at] != version_of(tensor):
             call.refusal = "a value inside the step was overwritten out of sight"
+        if last is not None and last.tracked and leaf.call.name == "as_strided" and not tensor.requires_grad:
+            call.refusal = "a value with a gradient is read through a tensor that has none"
         if not all(source.grad for source in sources) and isinstance(tensor.grad_fn, BackwardCFunction):
             call.refusal = unseen(tensor)
         return leaf
@@ -265,9 +291,7 @@ class Recorder(TorchFunctionMode):
     def _constant(self, tensor: Tensor, call: Call) -> Taken:
         if tensor.grad_fn is not None:
             call.refusal = unseen(tensor)
-        if any(tensor is p.grad for p in self.leaves):
-            call.refusal = "the loss uses the stored gradient of a parameter"
-        version, key = version_of(tensor), _memory(tensor)
+        version, key = version_of(tensor), memory_of(tensor)
         held = [ref for ref in self._held.get(key, ()) if ref() is not None]
         for taken in (ref() for ref in held):
             if taken is not None and taken.tensor is tensor and taken.version == version:
@@ -319,11 +343,11 @@ class Recorder(TorchFunctionMode):
                 call.refusal = f"{name}() writes through out="
             if elastic(name, args):
                 call.elastic = self._elastic = True
-            versions = [version_of(t) for t in given]
+            versions = versions_of(given)
             state = generator_state(given[0].device) if may_draw(func, name) else None
         except Exception as error:
             self._failed(name, error)
-        result = func(*args, **kwargs)
+        result = self._call(func, args, kwargs)
         if self._refusal is None:
             try:
                 if state is not None and not torch.equal(state, generator_state(given[0].device)):
@@ -336,16 +360,13 @@ class Recorder(TorchFunctionMode):
     def _close(self, call: Call, args: Any, given: list[Tensor], versions: list[int], result: Any) -> None:
         """Notes what a call made and wrote."""
         made = tensors(result)
-        call.versions = tuple([version_of(t) for t in made])
-        call.apart = call.name == "data" or (self._apart and self._is_apart(given[0], made))
-        self._apart = self._apart or call.apart
+        call.versions = tuple(versions_of(made))
+        if call.name == "data":
+            self._apart[memory_of(given[0])] = StorageWeakRef(given[0].untyped_storage())
         for k, tensor in enumerate(made):
-            if type(self._known.get(id(tensor))) is not Slot:
-                self._register(tensor, Made(call, k))
-            for ref in self._held.get(_memory(tensor), ()):  # a constant's memory is seen through what the call made
-                if (taken := ref()) is not None:
-                    taken.viewed = True
-        written = [t for t, version in zip(given, versions, strict=True) if version_of(t) != version]
+            self._note_made(tensor, Made(call, k))
+        now = versions_of(given)
+        written = [t for t, old, new in zip(given, versions, now, strict=True) if old != new] if now != versions else []
         if call.name in STATISTICS:
             written += [t for t in given[1:] if not t.requires_grad]
         if call.name == "set_data_":
@@ -357,6 +378,13 @@ class Recorder(TorchFunctionMode):
         elif not made and not written and result is not None:
             self._note_read(call, result)
 
+    def _note_made(self, tensor: Tensor, made: Made) -> None:
+        if type(self._known.get(id(tensor))) is not Slot:
+            self._register(tensor, made)
+        for ref in self._held.get(memory_of(tensor), ()) if self._held else ():
+            if (taken := ref()) is not None:
+                taken.viewed = True  # a constant's memory is seen through what the call made
+
     def _register(self, tensor: Tensor, made: Made) -> Made:
         key = id(tensor)
         if key not in self._known:  # a dead tensor leaves at once, before its id can be given to another
@@ -365,7 +393,7 @@ class Recorder(TorchFunctionMode):
         return made
 
     def _note_write(self, call: Call, tensor: Tensor) -> None:
-        key = _memory(tensor)
+        key = memory_of(tensor)
         slots = self._parameters_at(key)
         if call.name == "set_data_" and type(leaf := self._known.get(id(tensor))) is Slot:
             slots = [leaf.at]
@@ -378,25 +406,21 @@ class Recorder(TorchFunctionMode):
         if call.name == "set_data_":
             call.refusal = "the memory of a tensor was exchanged (.data = ...)"
         if len(self._written) >= self._crowded:
-            self._written = {k: entry for k, entry in self._written.items() if not entry[0].expired()}
+            self._written = {k: known for k, known in self._written.items() if not known.storage.expired()}
             self._crowded = max(16, 2 * len(self._written))
-        entry = self._last_write(tensor)
-        base = None if entry is None else entry[2]
-        if base is None and self._apart and self._is_apart(tensor, [tensor]):
-            self._refuse(f"{call.name}() writes through .data into a value inside the step, unseen by autograd")
+        before = self._last_write(tensor)
+        base, tracked = (None, False) if before is None else (before.base, before.tracked)
+        if base is None and key in self._apart and not self._apart[key].expired():
+            self._refuse(f"{call.name}() writes into a value whose .data was taken: autograd may not see it")
             return
-        self._written[key] = (StorageWeakRef(tensor.untyped_storage()), call, base)
-
-    def _is_apart(self, source: Tensor, made: Sequence[Tensor]) -> bool:
-        """Whether `made` are views of a tensor whose writes autograd does not see."""
-        leaf = self._known.get(id(source))
-        return type(leaf) is Made and leaf.call.apart and any(_memory(t) == _memory(source) for t in made)
+        storage = StorageWeakRef(tensor.untyped_storage())
+        self._written[key] = Written(storage, call, base, tracked=tracked or tensor.requires_grad)
 
     def _parameters_at(self, key: int) -> list[int]:
         if sum(map(len, self._owners.values())) != len(self.leaves):
             self._owners = {}
             for slot, parameter in enumerate(self.leaves):
-                self._owners.setdefault(_memory(parameter), []).append(slot)
+                self._owners.setdefault(memory_of(parameter), []).append(slot)
         return self._owners.get(key, [])
 
     def _note_read(self, call: Call, result: Any) -> None:
@@ -409,7 +433,8 @@ class Recorder(TorchFunctionMode):
             self._numbers.append(result)
         elif not isinstance(result, (list, complex, np.ndarray)):
             return
-        if not call.grad and not any(type(leaf) is Made and leaf.call.grad for leaf in self._known.values()):
+        number = not isinstance(result, bool) and call.name not in SHAPES
+        if number and not call.grad and not any(type(x) is Made and x.call.grad for x in self._known.values()):
             return  # an evaluation before the forward pass begins
         if call.expects is None:
             call.args, call.needs = (), []
@@ -418,11 +443,6 @@ class Recorder(TorchFunctionMode):
     def _look(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """A shape that is read."""
         leaf = self._known.get(id(args[0]))
-        if self._off or type(leaf) is not Made or not leaf.call.elastic:
-            return func(*args, **kwargs)
+        if type(leaf) is not Made or not leaf.call.elastic:
+            return self._call(func, args, kwargs)
         return self._record(func, name, args, kwargs, [args[0]])
-
-
-def _memory(tensor: Tensor) -> int:
-    """Where the memory that a tensor lies in begins, the same for tensors that share it through numpy; 0 for none."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0

@@ -1,20 +1,25 @@
 """Records steps as tapes, keeps the last ones and checks some of them against what really happened."""
 
+import contextlib
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
 from unstuck.objective import Program, Recorder, Tape, TapeError, Vault
+from unstuck.record._modes import insert, remove
 
 KEPT = 120  # tapes: enough for a trial of 60 steps, 30 to cool down and 30 held out
 BYTES = 512 << 20
 LOSS_TOLERANCE = 1e-6  # relative: the attention kernel of the replay may differ
 GRADIENT_TOLERANCE = 1e-4  # relative to the norm
+REASONS = 16  # different refusals that are told apart
 
 
 class Deck:
@@ -26,38 +31,58 @@ class Deck:
         self.seconds = 0.0
         self.rescaled = 1.0  # of the gradient between backward and step, as last seen: clipping shows here
         self._leaves = leaves
-        self._depth = len(_get_current_function_mode_stack())
         self._recorder: Recorder | None = None
+        self._lifted = False  # whether the recorder is aside
+        self._stranded: Recorder | None = None  # one that could not be taken off the stack of modes
         self._programs: list[Program] = []
         self._vault = Vault()
         self._made = 0
-
-    @property
-    def on(self) -> bool:
-        return self._recorder is not None
+        self._dispatch = _dispatch_seconds()
 
     def listen(self) -> None:
-        """Starts to record, unless the script has a torch function mode or compiled code of its own."""
-        if self.on:
+        """Starts to record, unless part of the script is compiled or a recorder is lost."""
+        if self._recorder is not None or self._stranded is not None:
             return
-        if len(_get_current_function_mode_stack()) != self._depth:
-            self.refuse("the script has a torch function mode of its own open at an optimiser step")
-        elif _compiled():
+        if _compiled():
             self.refuse("part of the script is compiled (torch.compile): its calls cannot be seen")
-        else:
-            self._recorder = Recorder(self._leaves)
-            self._recorder.__enter__()
+            return
+        self._recorder = Recorder(self._leaves)
+        insert(self._recorder)
 
     def silence(self) -> Recorder | None:
         """Stops to record; the recorder that was on."""
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             return None
-        if _get_current_function_mode_stack()[-1:] != [recorder]:
-            raise RuntimeError("a torch function mode of the script was opened during a step and is still open")
-        recorder.__exit__(None, None, None)
-        self.seconds += getattr(recorder, "seconds", 0.0)
-        return recorder
+        self.seconds += recorder.seconds + recorder.calls * self._dispatch
+        if self._lifted or remove(recorder):
+            return recorder
+        self.refuse("an optimiser steps inside backward(), or in another thread")
+        self._stranded = recorder
+        recorder.root([torch.zeros(2)])  # no loss: it stops to note what it still sees
+        return None
+
+    def close(self) -> None:
+        """Stops to record for good."""
+        for recorder in (self._recorder, self._stranded):
+            if recorder is not None:
+                remove(recorder)
+        self._recorder = None
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What runs inside is not recorded."""
+        recorder = self._recorder
+        if self._lifted or recorder is None or not remove(recorder):
+            yield
+            return
+        self._lifted = True
+        try:
+            yield
+        finally:
+            self._lifted = False
+            if self._recorder is recorder:
+                insert(recorder)
 
     def root(self, roots: Sequence[Tensor]) -> None:
         if self._recorder is not None:
@@ -91,7 +116,7 @@ class Deck:
                 found = torch.autograd.grad(
                     loss, [values[k] for k in wanted], allow_unused=True, materialize_grads=True
                 )
-        except (TapeError, RuntimeError) as error:
+        except Exception as error:
             self.refuse(f"the replay failed: {error}")
             return False
         if not _close(float(loss), tape.loss):
@@ -111,6 +136,8 @@ class Deck:
             self.tapes.popleft()
 
     def refuse(self, reason: str) -> None:
+        if reason not in self.refusals and len(self.refusals) >= REASONS:
+            reason = "other reasons"
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
 
     def _same_gradient(self, had: Sequence[Tensor | None], found: Sequence[Tensor]) -> bool:
@@ -133,6 +160,26 @@ class Deck:
 
 def _close(a: float, b: float) -> bool:
     return a == b or (a != a and b != b) or abs(a - b) <= LOSS_TOLERANCE * max(abs(a), abs(b), 1e-12)
+
+
+class _Idle(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _dispatch_seconds(calls: int = 200) -> float:
+    """What torch takes to hand one call to a function mode, which the mode itself cannot see."""
+
+    def timed() -> float:
+        began = perf_counter()
+        for _ in range(calls):
+            torch.is_complex(tensor)
+        return (perf_counter() - began) / calls
+
+    tensor = torch.zeros(1)
+    plain = timed()
+    with _Idle():
+        return max(timed() - plain, 0.0)
 
 
 def _compiled() -> bool:

@@ -1,5 +1,6 @@
-"""Where the watcher listens: torch's optimiser hooks, and two calls wrapped for as long as the run is watched."""
+"""Where the watcher listens: torch's optimiser hooks, and a few calls wrapped for as long as the run is watched."""
 
+import contextlib
 import functools
 import os
 import time
@@ -18,18 +19,22 @@ class Listener(Protocol):
     def backward_called(self, roots: list[Tensor]) -> None: ...
     def before_step(self, optimizer: torch.optim.Optimizer) -> None: ...
     def after_step(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def compiling(self) -> None: ...
     def gave_up(self, reason: str) -> None: ...
+    def aside(self) -> contextlib.AbstractContextManager[None]: ...
 
 
 class Hooks:
     """Puts the hooks in place and removes every one of them.
 
     A listener that fails costs the watcher, never the run: it is told, by `gave_up`, and not called again. A forked
-    process (a loader's worker) is not listened to. `seconds` is the time spent in the listener.
+    process (a loader's worker) is not listened to, nor is what happens while `paused`. `seconds` is the time spent in
+    the listener.
     """
 
     def __init__(self, listener: Listener) -> None:
         self.seconds = 0.0
+        self.paused = False
         self._listener = listener
         self._process = os.getpid()
         self._failed = False
@@ -42,9 +47,12 @@ class Hooks:
             register_optimizer_step_post_hook(lambda optimizer, *_: after(optimizer)).remove,
             self._wrap(torch.autograd, "backward", before=self._roots),
             self._wrap(torch.optim.Optimizer, "__init__", after=self._listener.optimizer_made),
+            self._wrap(torch, "compile", before=lambda *_, **__: self._listener.compiling()),
+            self._wrap(torch.overrides, "has_torch_function", around=self._listener.aside),
         ]
 
     def remove(self) -> None:
+        self.paused = True  # for whoever holds on to a wrapped call
         while self._undo:
             self._undo.pop()()
 
@@ -59,6 +67,7 @@ class Hooks:
         *,
         before: Callable[..., None] | None = None,
         after: Callable[[], None] | None = None,
+        around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
     ) -> Callable[[], None]:
         original = getattr(owner, name)
         first = None if before is None else self._guarded(before)
@@ -68,17 +77,22 @@ class Hooks:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if first is not None:
                 first(*args, **kwargs)
-            result = original(*args, **kwargs)
+            with around():
+                result = original(*args, **kwargs)
             if last is not None:
                 last()
             return result
 
+        def undo() -> None:
+            if getattr(owner, name) is wrapped:  # else the script has wrapped it in turn
+                setattr(owner, name, original)
+
         setattr(owner, name, wrapped)
-        return lambda: setattr(owner, name, original)
+        return undo
 
     def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any, **kwargs: Any) -> None:
-            if self._failed or os.getpid() != self._process:
+            if self._failed or self.paused or os.getpid() != self._process:
                 return
             began = time.perf_counter()
             try:

@@ -1,8 +1,10 @@
 """The log of a run: strict JSON, one object a line, one writer a file."""
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,7 +15,7 @@ class Log:
     """Appends records to the log of a run folder.
 
     Every line reaches the operating system at once, so that it outlives the process. A half line that a crash left is
-    cut off when the file is opened. A disk that refuses to write costs the log, never the training: `failed` says why.
+    cut off when the file is opened. A disk that refuses to write costs the log, never the training: it warns, once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -23,17 +25,27 @@ class Log:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = _sealed(folder / NAME)
         except OSError as error:
-            self.failed = str(error)
+            self.fail(str(error))
 
     def write(self, kind: str, **values: Any) -> None:
         if self._file is None:
             return
         line = json.dumps({"kind": kind, **strict(values)}, allow_nan=False, ensure_ascii=False)
         try:
-            self._file.write(line.encode() + b"\n")
+            data = line.encode(
+                errors="backslashreplace"
+            )  # what is no character becomes the escape that JSON has for it
+            if self._file.write(data + b"\n") <= len(data):
+                self.fail("the disk is full")
         except OSError as error:
-            self.failed = str(error)
-            self.close()
+            self.fail(str(error))
+
+    def fail(self, because: str) -> None:
+        """Gives up writing and says so, once."""
+        if self.failed is None:
+            self.failed = because
+            warn(f"the run is not recorded any further: {because}; the training goes on")
+        self.close()
 
     def close(self) -> None:
         if self._file is not None:
@@ -48,16 +60,35 @@ def _sealed(path: Path) -> BinaryIO:
     return file
 
 
-def read_log(folder: Path) -> Iterator[dict[str, Any]]:
-    """The records of a run folder, numbers read back as numbers. A torn last line is left out."""
-    with (folder / NAME).open("rb") as file:
+def read_log(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The records of a log from byte `start` on, numbers read back as numbers, and the byte where they end.
+
+    A torn last line is left out, and so is all that follows a broken one.
+    """
+    records: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        file.seek(start)
         for line in file:
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield loose(json.loads(line))
-            except json.JSONDecodeError:
-                return  # what follows a broken line is not to be trusted
+            record = _record(line)
+            if record is None:
+                break
+            records.append(record)
+            start += len(line)
+    return records, start
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = loose(json.loads(line)) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None
+
+
+def warn(text: str) -> None:
+    """Tells the user of a loss; where the script makes errors of warnings, the training matters more."""
+    with contextlib.suppress(Warning):
+        warnings.warn(text, stacklevel=4)
 
 
 def strict(x: Any) -> Any:

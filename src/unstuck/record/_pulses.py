@@ -46,7 +46,8 @@ class Pulses:
 def _norm(parts: Sequence[Tensor]) -> float:
     if not parts:
         return 0.0
-    return float(torch.linalg.vector_norm(torch.stack([n.float() for n in torch._foreach_norm(list(parts))])))
+    norms = [n.to(parts[0].device, torch.float64) for n in torch._foreach_norm(list(parts))]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 class StaleGradients:
@@ -56,9 +57,7 @@ class StaleGradients:
 
     def __init__(self) -> None:
         self.count = 0
-        self._left: dict[
-            int, list[tuple[Tensor, int, int]]
-        ] = {}  # by optimiser: parameter, its gradient's id and version
+        self._left: dict[int, list[tuple[Tensor, int, int]]] = {}  # by optimiser: parameter, its grad's id and version
         self._stale: dict[int, bool] = {}
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -95,7 +94,7 @@ def cut_off(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[Tensor
         return []
     moved = {id(p) for g in optimizer.param_groups for p in g["params"]}
     used = [recorder.leaves[k] for k in sorted(recorder.used)]
-    return [p for p in used if id(p) in moved and p.grad is None]
+    return [p for p in used if id(p) in moved and p.requires_grad and p.grad is None]
 
 
 def orphans(recorder: Recorder, optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:

@@ -1,14 +1,15 @@
 """A recorded run, read from its folder."""
 
+import contextlib
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-from unstuck.objective import Tape, unpack
+from unstuck.objective import Tape, TapeError, unpack
 from unstuck.record._log import NAME, read_log
 from unstuck.record._state import State, unpack_state
 
@@ -24,6 +25,13 @@ class Memory:
     states: tuple[State, ...]  # the first, the latest finite ones and the last, by step
 
 
+class Live(Protocol):
+    """What a run needs of the watcher that still writes it."""
+
+    def save(self) -> None: ...
+    def paused(self) -> contextlib.AbstractContextManager[None]: ...
+
+
 class Run:
     """What was recorded of a training, read from its folder: the log and, where there are any, tapes and states.
 
@@ -32,12 +40,12 @@ class Run:
 
     diagnose: ClassVar[Callable[..., Any]]  # joined in `unstuck`, where both rooms are known
 
-    def __init__(self, folder: str | Path, *, save: Callable[[], None] | None = None) -> None:
+    def __init__(self, folder: str | Path, *, live: Live | None = None) -> None:
         self.folder = Path(folder)
-        self._save = save  # writes what is still in memory, while the run is watched
+        self._live = live
         self._events: list[dict[str, Any]] = []
-        self._read = -1
-        if save is None and not (self.folder / NAME).is_file():
+        self._read = 0  # bytes
+        if live is None and not (self.folder / NAME).is_file():
             raise ValueError(
                 f"a run folder with a {NAME} was needed, got {self.folder}: `unstuck run SCRIPT` makes one"
             )
@@ -46,10 +54,14 @@ class Run:
     def events(self) -> list[dict[str, Any]]:
         """All records of the log, in order."""
         path = self.folder / NAME
-        size = path.stat().st_size if path.is_file() else 0
-        if size != self._read:
-            self._events, self._read = (list(read_log(self.folder)) if size else []), size
+        if path.is_file() and path.stat().st_size > self._read:
+            new, self._read = read_log(path, self._read)
+            self._events += new
         return self._events
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        """What is computed inside is no part of the training, where that still goes on."""
+        return contextlib.nullcontext() if self._live is None else self._live.paused()
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The records of one kind."""
@@ -90,13 +102,13 @@ class Run:
 
     def memory(self) -> Memory | None:
         """The tapes and states, or None where the run left none."""
-        if self._save is not None:
-            self._save()
+        if self._live is not None:
+            self._live.save()
         path = self.folder / TAPES
         if not path.is_file():
             return None
         try:
             data = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError):
-            return None  # torn by a crash: the log still stands
-        return Memory(tuple(data["names"]), tuple(unpack(data)), tuple(unpack_state(s) for s in data["states"]))
+            return Memory(tuple(data["names"]), tuple(unpack(data)), tuple(unpack_state(s) for s in data["states"]))
+        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError, TapeError):
+            return None  # damaged, or of another version: the log still stands

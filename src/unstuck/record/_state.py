@@ -47,7 +47,7 @@ class Optimizer:
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"an optimiser like the script's ({self.kind}) cannot be built again: {error}") from None
         for k, values in self.state.items():
-            built.state[weights[k]] = {n: v.clone() if isinstance(v, Tensor) else v for n, v in values.items()}
+            built.state[weights[k]] = _copied(values)
         return built
 
 
@@ -68,11 +68,7 @@ def taken_apart(optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor]) -> O
             for g in optimizer.param_groups
         ),
         members=tuple(tuple(index[id(p)] for p in g["params"]) for g in optimizer.param_groups),
-        state={
-            index[id(p)]: {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in values.items()}
-            for p, values in optimizer.state.items()
-            if id(p) in index
-        },
+        state={index[id(p)]: _copied(values) for p, values in optimizer.state.items() if id(p) in index},
     )
 
 
@@ -96,6 +92,14 @@ def unpack_state(data: Mapping[str, Any]) -> State:
     if o is not None:
         optimizer = Optimizer(o["kind"], tuple(o["groups"]), tuple(tuple(m) for m in o["members"]), o["state"])
     return State(data["step"], tuple(data["weights"]), optimizer)
+
+
+def _copied(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.detach().clone()
+    if isinstance(x, Mapping):
+        return {k: _copied(v) for k, v in x.items()}
+    return [_copied(v) for v in x] if isinstance(x, list) else x
 
 
 def _plain(x: Any) -> bool:

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unstuck.objective import Recorder, Tape, TapeError, caller, pack
 from unstuck.record._deck import Deck
 from unstuck.record._hooks import Hooks
-from unstuck.record._log import Log
+from unstuck.record._log import NAME, Log, warn
 from unstuck.record._models import models_alive, parameter_names
 from unstuck.record._pulses import Pulses, StaleGradients, cut_off, first_nonfinite, orphans
 from unstuck.record._run import TAPES, Run
@@ -28,12 +28,15 @@ from unstuck.record._state import State, pack_state, snapshot
 FOLDER = Path("unstuck-runs")
 FREE_SECONDS = 2.0  # what watching may take before the promised share counts
 SNAPSHOT_EVERY = 50  # steps
+FIRST_BYTES = 256 << 20  # of the weights: where they are larger, those at the start are not kept
 
 
 class Watch:
     """The watcher of one process: `start` it, and `stop` it whatever happens in between."""
 
     def __init__(self, folder: Path, *, models: Sequence[nn.Module] = (), budget: float = 0.02) -> None:
+        if (folder / NAME).exists():
+            raise ValueError(f"a folder without a run was needed, but {folder} holds one: name another or delete it")
         self.folder = folder
         self.steps = 0
         self._models = list(models)
@@ -49,13 +52,13 @@ class Watch:
         self._losses: list[Tensor] = []  # what backward was called on since the last step
         self._record: dict[str, Any] = {}  # of the step being taken
         self._counts: dict[str, int] = {}
-        self._states: list[State] = []
+        self._first: list[State] = []  # the weights at the start, unless they are too large to keep
+        self._recent: deque[State] = deque(maxlen=2)
         self._saved = -1
+        self._process = os.getpid()
         self._began = time.perf_counter()
 
     def start(self, script: str, argv: Sequence[str], optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
-        if self._log.failed:
-            warnings.warn(f"the run folder cannot be written ({self._log.failed}): nothing is recorded", stacklevel=3)
         self._log.write(
             "start",
             version=1,
@@ -76,8 +79,9 @@ class Watch:
     def stop(self, outcome: str) -> None:
         """Removes everything that `start` put in place and writes what is left to write."""
         self._hooks.remove()
-        with contextlib.suppress(RuntimeError):
-            self._deck.silence()
+        self._deck.close()
+        if os.getpid() != self._process:
+            return  # a fork of the script that came this far: the run is its parent's
         self.save()
         end = {"time": self._elapsed(), "overhead": self._overhead(), "refusals": self._deck.refusals}
         self._log.write("end", outcome=outcome, **end)
@@ -85,24 +89,69 @@ class Watch:
 
     def save(self) -> None:
         """Writes the tapes and states to the run folder, whole or not at all."""
+        if not (self.folder / NAME).is_file():
+            self._log.fail(f"{self.folder / NAME} is gone")
         if self._saved == self.steps or not self._deck.tapes or self._log.failed:
             return
-        states = [*self._states, snapshot(self.steps, self._leaves, self._only())]
         path = self.folder / TAPES
+        part = path.with_suffix(".part")
         try:
-            data = pack(list(self._deck.tapes))
-            data["names"] = self._names
-            data["states"] = [pack_state(s) for s in states]
-            data["rescaled"] = self._deck.rescaled
-            torch.save(data, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
-        except (TapeError, OSError, RuntimeError) as error:
+            self._meet_again()
+            with self._deck.aside(), torch.no_grad():
+                torch.save(self._packed(), part)
+            part.replace(path)
+        except Exception as error:  # whatever it is, the training goes on
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
             self._fact("not-saved", because=str(error))
+            warn(f"the recorded steps could not be saved: {error}; the diagnosis rests on the log alone")
         self._saved = self.steps
+
+    def _packed(self) -> dict[str, Any]:
+        self._learn_names()
+        last = snapshot(self.steps, self._leaves, self._only())
+        states = [*self._first, *(s for s in self._recent if s.step < self.steps), last]
+        data = pack(self._packable())
+        data["names"] = self._names
+        data["states"] = [pack_state(s) for s in states if len(s.weights) == len(self._leaves)]
+        data["rescaled"] = self._deck.rescaled
+        return data
+
+    def _packable(self) -> list[Tape]:
+        """The tapes whose programs can be written to disk."""
+        fit: dict[int, bool] = {}
+        for tape in self._deck.tapes:
+            if id(tape.program) not in fit:
+                try:
+                    pack([tape])
+                    fit[id(tape.program)] = True
+                except TapeError as error:
+                    fit[id(tape.program)] = False
+                    self._deck.refuse(str(error))
+        return [t for t in self._deck.tapes if fit[id(t.program)]]
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is computed inside is no part of the run, and its time is not either."""
+        was, self._hooks.paused = self._hooks.paused, True
+        began = time.perf_counter()
+        try:
+            with self._deck.aside():
+                yield
+        finally:
+            self._hooks.paused = was
+            self._began += time.perf_counter() - began
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """What runs inside is not recorded: torch asks there whether somebody listens, and then computes otherwise."""
+        return self._deck.aside()
 
     def optimizer_made(self) -> None:
         if not self.steps:
             self._deck.listen()  # so that the first step is heard as well
+
+    def compiling(self) -> None:
+        self._deck.silence()
 
     def backward_called(self, roots: list[Tensor]) -> None:
         self._losses.extend(t.detach() for t in roots if t.numel() == 1)
@@ -113,8 +162,8 @@ class Watch:
         recorder = self._deck.silence()
         self._meet(optimizer)
         tape = None if recorder is None else self._deck.compiled(recorder, self.steps + 1)
-        if not self._states:
-            self._states.append(snapshot(0, self._leaves, self._only()))
+        if self.steps == 0 and sum(p.nbytes for p in self._leaves) <= FIRST_BYTES:
+            self._first = [snapshot(0, self._leaves, self._only())]
         stale = self._stale.used_by(optimizer)
         if stale is not None:
             self._counted("stale-gradient", where=self._name(stale), line=caller())
@@ -137,19 +186,22 @@ class Watch:
         self._stale.note_step(optimizer)
         self._losses.clear()
         if self.steps % SNAPSHOT_EVERY == 0 and math.isfinite(self._record.get("loss") or 0.0):
-            self._states[1:] = [*self._states[1:][-1:], snapshot(self.steps, self._leaves, self._only())]
+            self._recent.append(snapshot(self.steps, self._leaves, self._only()))
         if self._spent() < FREE_SECONDS + self._budget * self._elapsed():
             self._deck.listen()
 
     def gave_up(self, reason: str) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._deck.silence()
+        self._deck.close()
         self._fact("watcher-failed", because=reason)
+        warn(f"watching ended at step {self.steps + 1}: {reason}; the training goes on")
 
     def _meet(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes the optimiser's parameters known, and names them by the models that own them."""
         known = {id(p) for p in self._leaves}
-        self._leaves.extend(p for p in _moved(optimizer) if id(p) not in known)
+        new = [p for p in _moved(optimizer) if id(p) not in known]
+        if new:
+            self._deck.silence()  # a recorder counts the leaves that it began with
+            self._leaves += new
         if len(self._leaves) != len(self._names):
             self._learn_names()
         if any(optimizer is o for o in self._optimizers):
@@ -160,6 +212,11 @@ class Watch:
         self._log.write(
             "optimizer", index=len(self._optimizers) - 1, name=kind, groups=groups, parameters=len(_moved(optimizer))
         )
+
+    def _meet_again(self) -> None:
+        """Optimisers may have got parameters since their last step."""
+        for optimizer in self._optimizers:
+            self._meet(optimizer)
 
     def _note_parameters(self, recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
         cut = cut_off(recorder, optimizer)
@@ -231,7 +288,7 @@ def watch(
     watcher = Watch(place, models=[] if model is None else [model], budget=budget)
     watcher.start(script, sys.argv[1:], [] if optimizer is None else [optimizer])
     outcome = "finished"
-    run = Run(place, save=watcher.save)
+    run = Run(place, live=watcher)
     try:
         yield run
     except KeyboardInterrupt:
@@ -245,13 +302,17 @@ def watch(
 
 
 def new_folder(name: str) -> Path:
-    """A folder for a run that does not exist yet, named after the time and the script."""
+    """Makes a folder for a run, named after the time and the script; no other run has it."""
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = FOLDER / f"{stamp}-{name}"
-    k = 1
-    while folder.exists():
-        k += 1
-        folder = FOLDER / f"{stamp}-{name}-{k}"
+    for k in range(2, 1000):
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            folder = FOLDER / f"{stamp}-{name}-{k}"
+        except OSError:
+            break  # the log will say so
     return folder
 
 

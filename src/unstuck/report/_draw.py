@@ -3,14 +3,14 @@
 import functools
 import html
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from plotly import graph_objects as go
 
-from unstuck.diagnosis._findings import Arm, Finding, Trial
+from unstuck.diagnosis import Arm, Finding, Trial
+from unstuck.record import Run
 from unstuck.report import _words as words
 
 # Okabe and Ito's palette, without the hues too pale for a white page; a dash tells the arms apart where colours do not.
@@ -29,21 +29,6 @@ _POINTS = 1500  # per curve: more than the pixels of a screen
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif"
 
 
-class Recorded(Protocol):
-    """What is shown of a run: what was run where, and its series by name, as steps and values."""
-
-    @property
-    def folder(self) -> Path: ...
-
-    @property
-    def header(self) -> Mapping[str, Any]: ...
-
-    @property
-    def steps(self) -> int: ...
-
-    def series(self, name: str, /) -> tuple[list[int], list[float]]: ...
-
-
 @functools.singledispatch
 def draw(result: object) -> go.Figure:
     """The picture of a result, as a plotly figure; teach it your own with `@draw.register`."""
@@ -55,7 +40,9 @@ def _(trial: Trial) -> go.Figure:
     """The loss of every arm from the same start: faint as measured, strong smoothed."""
     figure, height = go.Figure(), 400
     trends = [smoothed(arm.curve) for arm in trial.arms]
-    axis = _axis([x for arm in trial.arms for x in arm.curve])
+    every = sorted(x for arm in trial.arms for x in arm.curve if math.isfinite(x))
+    cut = len(every) // 50  # a few wild batches must not flatten the rest
+    axis = _axis([*every[cut : len(every) - cut], *(x for trend in trends for x in trend if x is not None)])
     last = max((len(arm.curve) for arm in trial.arms), default=0)
     for arm, look, trend in zip(trial.arms, looks(trial), trends, strict=True):
         at, name = list(range(len(arm.curve))), plain(arm.remedy)
@@ -86,7 +73,7 @@ def looks(trial: Trial) -> list[tuple[str, str]]:
     return [fixed.get(arm.role) or next(remedies) for arm in trial.arms]
 
 
-def draw_run(run: Recorded, findings: Sequence[Finding] = ()) -> go.Figure:
+def draw_run(run: Run, findings: Sequence[Finding] = ()) -> go.Figure:
     """The run's curves above each other over one axis of steps, with the step of each finding marked."""
     drawn = {name: series for name in _PANELS if (series := run.series(name))[0]}
     figure, rows, gap = go.Figure(), max(len(drawn), 1), 0.09

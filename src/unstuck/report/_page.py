@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,24 @@ from typing import Any
 from plotly import graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from unstuck.diagnosis._findings import CANNOT_TELL, PROVED, SHOWN, SUSPECT, Arm, Diagnosis, Finding, Trial
+from unstuck.diagnosis import CANNOT_TELL, PROVED, SHOWN, SUSPECT, Arm, Diagnosis, Finding, Trial
+from unstuck.record import Run
 from unstuck.report import _words as words
-from unstuck.report._draw import SMOOTHED_FROM, Recorded, draw, draw_run, looks, stretches
+from unstuck.report._draw import SMOOTHED_FROM, draw, draw_run, looks, stretches
 from unstuck.report._html import Html, join, json_script, tag
 
 _MEANING = {
     PROVED: "a remedy won its trial against a control",
-    SHOWN: "an experiment decided",
+    SHOWN: "decided by an experiment, or by what PyTorch guarantees",
     SUSPECT: "measured in passing only, no experiment decided",
     CANNOT_TELL: "something needed to decide is missing",
 }
+_LONG = 110  # characters of a claim: more are set smaller
 # Nothing may be loaded from anywhere; the browser enforces it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
 
-def page(diagnosis: Diagnosis, run: Recorded) -> str:
+def page(diagnosis: Diagnosis, run: Run) -> str:
     """The diagnosis and the run as one HTML file that opens from disk and loads nothing."""
     figures: dict[str, go.Figure] = {}
     articles = [_finding(f, i, figures) for i, f in enumerate(diagnosis.findings)] or [_healthy(diagnosis)]
@@ -67,7 +70,7 @@ def _title(diagnosis: Diagnosis) -> str:
     return f"{diagnosis.findings[0].word.capitalize()}: {diagnosis.findings[0].code}"
 
 
-def _masthead(diagnosis: Diagnosis, run: Recorded) -> Html:
+def _masthead(diagnosis: Diagnosis, run: Run) -> Html:
     started = str(run.header.get("started", ""))[:16].replace("T", " ")
     facts = [
         words.count(diagnosis.steps, "step"),
@@ -79,7 +82,7 @@ def _masthead(diagnosis: Diagnosis, run: Recorded) -> Html:
     links += [tag("a", "the run", attrs={"href": "#run"}), tag("a", "data", attrs={"href": "#data"})]
     return tag(
         "header",
-        tag("p.brand", tag("b", "Unstuck"), " ", tag("code", words.printable(diagnosis.script))),
+        tag("p.brand", tag("b", "Unstuck"), " ", tag("code", words.script(diagnosis))),
         tag("p.facts", " · ".join(fact for fact in facts if fact)),
         tag("nav", *links, attrs={"aria-label": "On this page"}) if rest else "",
     )
@@ -103,10 +106,14 @@ def _finding(finding: Finding, i: int, figures: dict[str, go.Figure]) -> Html:
     where = [" in ", tag("code", words.printable(finding.where))] if finding.where else []
     verdict = [
         tag("p.eyebrow", _badge(finding.word), " ", tag("code.cause", words.printable(finding.code))),
-        tag("h2" if i else "h1", words.printable(finding.claim), attrs={"id": name}),
+        tag(
+            ("h2" if i else "h1") + (".long" if len(finding.claim) > _LONG else ""),
+            words.printable(finding.claim),
+            attrs={"id": name},
+        ),
         tag(
             "p.since",
-            f"Since step {finding.step:,}",
+            words.since(finding),
             *where,
             f". {finding.word.capitalize()}: {_MEANING[finding.word]}.",
         ),
@@ -156,7 +163,7 @@ def _rivals(finding: Finding) -> Html:
     rows = [
         _row(tag("code", words.printable(r.code)), tag("td", words.printable(r.because))) for r in finding.ruled_out
     ]
-    return _table("rivals", ("Rival cause", "Why it is not this"), rows)
+    return _table("rivals", ("Rival cause", "Because"), rows)
 
 
 def _trial(trial: Trial, name: str) -> Html:
@@ -164,7 +171,7 @@ def _trial(trial: Trial, name: str) -> Html:
     label = f"Curves of {words.count(len(trial.arms), 'arm')}; the table below gives where each ended."
     widest = _widest(trial)
     rows = [_arm(arm, look, trial, widest) for arm, look in zip(trial.arms, looks(trial), strict=True)]
-    low, high = (tag("span", f"{sign}{size} %") for sign, size in zip("−+", widest[1:], strict=True))
+    low, high = (tag("span", f"{sign}{size:,}%") for sign, size in zip("−+", widest[1:], strict=True))
     scale = tag("span.scale", low, tag("span", "0"), high)
     headings = ("Arm", "Ends", "Interval, %", scale, "Outcome")
     return join(
@@ -174,8 +181,9 @@ def _trial(trial: Trial, name: str) -> Html:
             _table("arms", headings, rows),
             tag(
                 "p.note",
-                "Bars: the interval of the change; the grey band is what the null arm, the control from minutely "
-                "perturbed weights, shows by chance alone. An accepted remedy is better beyond chance.",
+                "Bars: the change against the control with its 95% interval. Grey band: the same for the null arm, the "
+                "control from minutely perturbed weights. An accepted remedy ends at least 5% lower, and its interval "
+                "lies below 0.",
             ),
         ]
     )
@@ -193,14 +201,14 @@ def _arm(arm: Arm, look: tuple[str, str], trial: Trial, widest: tuple[float, int
         f'<svg class="look" width="28" height="10" aria-hidden="true"><line x1="0" x2="28" y1="5" y2="5" '
         f'stroke="{look[0]}" stroke-width="3" stroke-dasharray="{_DASHES[look[1]]}"/></svg>'
     )
-    control = arm.role == "control"
+    blown = words.blew_up(arm, trial)
     outcome = words.outcome(arm)
     kind = "accepted" if arm.accepted else "worse" if outcome == "worse" else "plain"
     return _row(
-        tag("span.arm", sample, tag("span", words.printable(arm.remedy))),
-        tag("td.change", "" if control else words.change(arm.effect)),
-        tag("td.interval", "" if control else words.change_interval(arm)),
-        tag("td.forest", _forest(arm, look[0], trial, widest[0])),
+        tag("span.arm", sample, tag("span", words.remedy(arm))),
+        tag("td.change", words.ends(arm, trial)),
+        tag("td.interval", "" if blown else words.change_interval(arm)),
+        tag("td.forest", _forest(replace(arm, effect=math.nan) if blown else arm, look[0], trial, widest[0])),
         tag(f"td.outcome.{kind}", outcome),
     )
 
@@ -227,7 +235,7 @@ def _forest(arm: Arm, colour: str, trial: Trial, half: float) -> Html:
         if null.role == "null" and not math.isnan(null.low + null.high)
     ]
     parts.append('<line class="zero" x1="50%" x2="50%" y1="0" y2="100%"/>')
-    if arm.role != "control" and not math.isnan(arm.effect + arm.low + arm.high):
+    if arm.role != "control" and math.isfinite(arm.effect):
         parts.append(
             f'<line x1="{at(arm.low)}" x2="{at(arm.high)}" y1="50%" y2="50%" stroke="{colour}" stroke-width="3"/>'
         )
@@ -241,7 +249,7 @@ def _figure(name: str, label: str, caption: str) -> Html:
     return tag("figure", plot, without, tag("figcaption", caption))
 
 
-def _run(run: Recorded, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> Html:
+def _run(run: Run, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> Html:
     heading = tag("h2", "The run", attrs={"id": "run"})
     steps, loss = run.series("loss")
     if not any(run.series(name)[0] for name in ("loss", "grad_norm", "update_ratio", "lr")):
@@ -260,28 +268,29 @@ def _run(run: Recorded, diagnosis: Diagnosis, figures: dict[str, go.Figure]) -> 
 
 def _checked(diagnosis: Diagnosis) -> Html:
     parts = [tag("h2", "What was checked")]
-    codes = [tag("li", tag("code", words.printable(code))) for code in diagnosis.checked]
-    parts.append(tag("ul.codes", *codes) if codes else tag("p", "No cause could be checked."))
+    parts.append(_codes(diagnosis.checked) if diagnosis.checked else tag("p", "No cause could be checked."))
     if diagnosis.not_checked:
-        rows = [
-            _row(tag("code", words.printable(code)), tag("td", words.printable(because)))
-            for code, because in diagnosis.not_checked.items()
-        ]
-        parts += [tag("h3", "Not checked"), _table("rivals", ("Cause", "What is missing"), rows)]
+        parts.append(tag("h3", "Not checked"))
+        for listed, because in words.not_checked(diagnosis):
+            parts += [tag("p", words.printable(because)), _codes(listed)]
     return tag("section", *parts)
 
 
-def _environment(run: Recorded) -> Html:
+def _codes(codes: Sequence[str]) -> Html:
+    return tag("ul.codes", *(tag("li", tag("code", words.printable(code))) for code in codes))
+
+
+def _environment(run: Run) -> Html:
     header = dict(run.header)
     named = {
         "Script": header.pop("script", ""),
         "Arguments": " ".join(map(str, header.pop("argv", ()))),
         "Started": header.pop("started", ""),
+        "Ended": run.outcome,
         "Recorded in": run.folder,
     }
-    versions = header.pop("versions", {})  # everything else of the header as it stands
     rest = {name: value for name, value in header.items() if name not in ("kind", "version")}
-    entries = {str(name): str(value) for name, value in {**named, **versions, **rest}.items()}
+    entries = {str(name): str(value) for name, value in {**named, **rest}.items()}
     pairs = [
         tag("div", tag("dt", words.printable(name)), tag("dd", tag("code", words.printable(text))))
         for name, text in entries.items()

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from unstuck.diagnosis._findings import CANNOT_TELL, PROVED, SHOWN, SUSPECT, Diagnosis, Finding, Trial
+from unstuck.diagnosis import CANNOT_TELL, PROVED, SHOWN, SUSPECT, Diagnosis, Finding, Trial
 from unstuck.report import _words as words
 
 # Terminal colours, not fixed ones: they follow the user's light or dark theme. Filled means that an experiment decided.
@@ -41,13 +41,13 @@ def _quiet(diagnosis: Diagnosis) -> RenderableType:
 
 def _masthead(diagnosis: Diagnosis) -> RenderableType:
     took = f"  {words.count(diagnosis.steps, 'step')}, {words.took(diagnosis)}"
-    line = Text.assemble((words.printable(diagnosis.script), "bold"), (took, "dim"), overflow="fold")
+    line = Text.assemble((words.script(diagnosis), "bold"), (took, "dim"), overflow="fold")
     return Padding(line, (0, 0, 0, 1))
 
 
 def _finding(finding: Finding) -> RenderableType:
     head = Table.grid(padding=(0, 1, 0, 0))
-    since = f"  since step {finding.step:,}" + (f" in {words.printable(finding.where)}" if finding.where else "")
+    since = f"  {words.since(finding).lower()}" + (f" in {words.printable(finding.where)}" if finding.where else "")
     cause = Text.assemble((words.printable(finding.code), "bold"), (since, "dim"), overflow="fold")
     head.add_row(Text(f" {finding.word} ", _BADGE[finding.word], no_wrap=True), cause)
     body: list[RenderableType] = [Text(words.printable(finding.claim), overflow="fold")]
@@ -110,12 +110,12 @@ def _trial(trial: Trial) -> Table:
     low, high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]  # one wild batch must not flatten the rest
     for arm in trial.arms:
         style = "bold" if arm.accepted else ""
-        control = arm.role == "control"
+        curve = (*arm.curve, math.nan) if words.blew_up(arm, trial) else arm.curve
         table.add_row(
-            Text(textwrap.fill(words.printable(arm.remedy), _NAME), style),
-            Spark(arm.curve, low, high),
-            Text("" if control else words.change(arm.effect), style),
-            Text("" if control else words.change_interval(arm)),
+            Text(textwrap.fill(words.remedy(arm), _NAME).replace("\u00a0", " "), style),
+            Spark(curve, low, high),
+            Text(words.ends(arm, trial), style),
+            Text("" if words.blew_up(arm, trial) else words.change_interval(arm)),
             Text(
                 words.outcome(arm), "bold green" if arm.accepted else "red" if words.outcome(arm) == "worse" else "dim"
             ),
@@ -124,7 +124,7 @@ def _trial(trial: Trial) -> Table:
 
 
 def _not_checked(diagnosis: Diagnosis) -> RenderableType:
-    listed = "; ".join(f"{code} ({because})" for code, because in diagnosis.not_checked.items())
+    listed = "; ".join(f"{', '.join(codes)} ({because})" for codes, because in words.not_checked(diagnosis))
     return Padding(Text(f"Not checked: {words.printable(listed)}.", "dim", overflow="fold"), (1, 0, 0, 1))
 
 

@@ -1,8 +1,9 @@
 """Numbers and verdicts in words: what the screen and the page say in common."""
 
 import math
+from pathlib import PurePath
 
-from unstuck.diagnosis._findings import Arm, Diagnosis, Evidence, Trial
+from unstuck.diagnosis import Arm, Diagnosis, Evidence, Finding, Trial
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -32,37 +33,61 @@ def power(x: float) -> str:
 
 
 def interval(evidence: Evidence) -> str:
-    """`[low, high]`, or nothing where the measurement is exact."""
+    """`[low, high]`, or `± error` where three figures do not show it, or nothing where the measurement is exact."""
     if evidence.low == evidence.value == evidence.high:
         return ""
-    return f"[{figures(evidence.low)}, {figures(evidence.high)}]"
+    low, high = figures(evidence.low), figures(evidence.high)
+    if low == high:
+        return f"± {figures(float(f'{max(evidence.high - evidence.value, evidence.value - evidence.low):.1g}'))}"
+    return f"[{low}, {high}]"
 
 
 def percent(effect: float) -> float:
-    """A ln-ratio of losses as a change in per cent: 100·(exp(effect) − 1)."""
+    """A ln-ratio of losses as a change in percent: 100·(exp(effect) − 1)."""
     return 100 * math.expm1(effect) if effect < 700 else effect * math.inf  # exp overflows past 709
 
 
 def change(effect: float) -> str:
-    """Where a loss ends against the control's: `38 % lower`."""
+    """Where a loss ends against the control's: `38% lower`; an infinite effect means that one of the two blew up."""
     p = percent(effect)
     if math.isnan(p):
         return "not comparable"
+    if math.isinf(effect):
+        return "blows up" if effect > 0 else "stays finite"
     if math.isinf(p):
-        return "diverges"
+        return "far higher"
     if abs(p) < 0.5:
         return "the same"
     if p > 200:
         return f"{figures(1 + p / 100)} times as high"
     size = f"{abs(p):.0f}" if p > -99.5 else f"{min(-p, 99.99):.4g}"
-    return f"{size} % {'lower' if p < 0 else 'higher'}"
+    return f"{size}% {'lower' if p < 0 else 'higher'}"
+
+
+def ends(arm: Arm, trial: Trial) -> str:
+    """Where an arm ends, in two or three words; nothing for a control that goes on as it was."""
+    if blew_up(arm, trial):
+        return "blows up"
+    return "" if arm.role == "control" else change(arm.effect)
+
+
+def blew_up(arm: Arm, trial: Trial) -> bool:
+    """Whether an arm was given up because its loss rose out of all bounds."""
+    curve = arm.curve
+    short = 0 < len(curve) < trial.steps + trial.cooldown
+    return short and not curve[-1] <= curve[0]
 
 
 def change_interval(arm: Arm) -> str:
-    """The interval of an arm's effect in per cent: `[−45, −30]`."""
-    if math.isnan(arm.effect):
+    """The interval of an arm's effect in percent: `[−45, −30]`; nothing where the effect is no finite number."""
+    if not math.isfinite(arm.effect) or arm.role == "control":
         return ""
     return f"[{_signed(percent(arm.low))}, {_signed(percent(arm.high))}]"
+
+
+def remedy(arm: Arm) -> str:
+    """The name of an arm; a sign of division or multiplication is not parted from its number."""
+    return printable(arm.remedy).replace("÷ ", "÷\u00a0").replace("× ", "×\u00a0")
 
 
 def outcome(arm: Arm) -> str:
@@ -104,7 +129,18 @@ def took(diagnosis: Diagnosis) -> str:
     """How long the run took and the share of it that watching cost, where that is known."""
     if not math.isfinite(diagnosis.overhead):
         return duration(diagnosis.seconds)
-    return f"{duration(diagnosis.seconds)}, {100 * diagnosis.overhead:.1f} % of it watching"
+    return f"{duration(diagnosis.seconds)}, {100 * diagnosis.overhead:.1f}% of it watching"
+
+
+def script(diagnosis: Diagnosis) -> str:
+    """The script as it was called; of a path from the root only the name, as the folders are in the environment."""
+    path = PurePath(diagnosis.script)
+    return printable(path.name if path.is_absolute() else diagnosis.script)
+
+
+def since(finding: Finding) -> str:
+    """From which step on, and where, as the start of a sentence."""
+    return "From the start" if finding.step <= 1 else f"Since step {finding.step:,}"
 
 
 def quiet_line(diagnosis: Diagnosis) -> str:
@@ -113,6 +149,14 @@ def quiet_line(diagnosis: Diagnosis) -> str:
     if not diagnosis.checked:
         return f"Nothing could be told from {steps}: no cause could be checked."
     return f"No fault found in {steps}: {count(len(diagnosis.checked), 'cause')} checked."
+
+
+def not_checked(diagnosis: Diagnosis) -> list[tuple[list[str], str]]:
+    """The causes that were not checked, together where the reason is the same."""
+    reasons: dict[str, list[str]] = {}
+    for code, because in diagnosis.not_checked.items():
+        reasons.setdefault(because, []).append(code)
+    return [(codes, because) for because, codes in reasons.items()]
 
 
 def printable(text: str) -> str:

@@ -1,0 +1,167 @@
+"""When the block ends, however it ends, the process is as it was before."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import optimizer as optim
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+import unstuck
+from unstuck.record import run_script
+
+
+class Mine(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def surroundings():
+    return {
+        "pre hooks": dict(optim._global_optimizer_pre_hooks),
+        "post hooks": dict(optim._global_optimizer_post_hooks),
+        "calls": (
+            torch.autograd.backward,
+            torch.optim.Optimizer.__init__,
+            torch.compile,
+            torch.overrides.has_torch_function,
+        ),
+        "modes": list(_get_current_function_mode_stack()),
+        "filters": list(warnings.filters),
+        "excepthook": sys.excepthook,
+        "argv": (sys.argv, list(sys.argv)),
+        "path": (id(sys.path), list(sys.path)),
+        "main": sys.modules["__main__"],
+        "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "switches": (torch.backends.cuda.math_sdp_enabled(), torch.get_default_dtype(), torch.get_num_threads()),
+    }
+
+
+def three_steps(model, optimizer):
+    for _ in range(3):
+        model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("end", [None, KeyError("x"), KeyboardInterrupt(), SystemExit(3), GeneratorExit()])
+def test_nothing_is_left_behind(tmp_path, end):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    things = [model, optimizer, *model.parameters()]
+    before, had = surroundings(), [set(vars(t)) for t in things]
+    try:
+        with unstuck.watch(folder=tmp_path / "run") as run:
+            three_steps(model, optimizer)
+            run.diagnose()
+            model(torch.randn(4, 3))  # a step that is under way
+            if end is not None:
+                raise end
+    except BaseException as error:
+        assert error is end
+    assert surroundings() == before
+    assert [set(vars(t)) for t in things] == had
+    assert not (model._forward_hooks or model._backward_hooks or any(p._backward_hooks for p in model.parameters()))
+    named = {None: "finished", KeyboardInterrupt: "interrupted"}
+    assert run.outcome == named.get(end if end is None else type(end), f"raised {type(end).__name__}")
+
+
+def test_an_error_inside_a_call_that_is_recorded_passes_through_and_leaves_nothing(tmp_path):
+    before, model = surroundings(), nn.Linear(3, 2)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), unstuck.watch(model, folder=tmp_path / "r"):
+        three_steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        model(torch.randn(4, 5))
+    assert surroundings() == before
+
+
+def test_a_watch_in_a_watch_sees_what_both_see(tmp_path):
+    before, model = surroundings(), nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with unstuck.watch(folder=tmp_path / "a") as outer:
+        three_steps(model, optimizer)
+        with unstuck.watch(folder=tmp_path / "b") as inner:
+            three_steps(model, optimizer)
+        three_steps(model, optimizer)
+    three_steps(model, optimizer)
+    assert (outer.steps, inner.steps) == (9, 3)
+    assert [len(run.memory().tapes) for run in (outer, inner)] == [9 - 1, 3 - 1]  # the first made the optimiser known
+    assert surroundings() == before
+
+
+def test_the_modes_of_the_script_end_as_they_began(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mine = Mine()
+    with unstuck.watch(model, optimizer, folder=tmp_path / "run") as run:
+        with torch.device("meta"):
+            assert torch.zeros(1).device.type == "meta"
+        assert torch.zeros(1).device.type == "cpu"
+        mine.__enter__()
+        three_steps(model, optimizer)
+        with torch.device("cpu"):
+            three_steps(model, optimizer)
+        mine.__exit__(None, None, None)
+        torch.set_default_device("cpu")
+        three_steps(model, optimizer)
+        torch.set_default_device("meta")
+        three_steps_on_cpu = nn.Linear(3, 2, device="cpu")
+        assert torch.zeros(1).device.type == "meta"
+        torch.set_default_device(None)
+        assert three_steps_on_cpu.weight.device.type == torch.zeros(1).device.type == "cpu"
+        three_steps(model, optimizer)
+    assert _get_current_function_mode_stack() == []
+    assert len(run.memory().tapes) == run.steps == 12
+
+
+def test_a_mode_of_the_script_that_stays_open_is_left_where_it_is(tmp_path):
+    model, mine = nn.Linear(3, 2), Mine()
+    with unstuck.watch(folder=tmp_path / "run"):
+        three_steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        mine.__enter__()
+    assert _get_current_function_mode_stack() == [mine]
+    mine.__exit__(None, None, None)
+
+
+def test_a_call_that_the_script_has_wrapped_in_turn_stays_wrapped(tmp_path, monkeypatch):
+    calls, original = [], torch.autograd.backward
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with unstuck.watch(folder=tmp_path / "run") as run:
+        ours = torch.autograd.backward
+        theirs = lambda *a, **k: (calls.append(1), ours(*a, **k))[1]  # noqa: E731
+        monkeypatch.setattr(torch.autograd, "backward", theirs)
+        three_steps(model, optimizer)
+    assert torch.autograd.backward is theirs
+    three_steps(model, optimizer)
+    assert (len(calls), run.steps) == (6, 3)
+    monkeypatch.undo()
+    torch.autograd.backward = original
+
+
+@pytest.mark.parametrize("ending", ["", "raise KeyError(1)", "raise SystemExit(3)", "raise KeyboardInterrupt"])
+def test_a_script_leaves_nothing_behind(tmp_path, ending, capsys):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, torch\n"
+        "sys.path.insert(0, 'elsewhere'); sys.argv.append('more')\n"
+        "model = torch.nn.Linear(3, 2); optimizer = torch.optim.SGD(model.parameters(), lr=0.1)\n"
+        "for _ in range(3):\n    model(torch.randn(4, 3)).square().mean().backward(); optimizer.step()\n" + ending
+    )
+    before = surroundings()
+    done = run_script(script, ["--x"], folder=tmp_path / "run")
+    assert surroundings() == before
+    assert done.run.steps == 3
+    assert done.run.header["argv"] == ["--x"]
+    capsys.readouterr()
+
+
+def test_the_watcher_holds_no_folder_open_and_leaves_no_half_written_file(tmp_path):
+    model = nn.Linear(3, 2)
+    with unstuck.watch(folder=tmp_path / "run"):
+        three_steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.jsonl", "tapes.pt"]
+    open_files = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert not [name for name in open_files if str(tmp_path / "run") in name]

@@ -1,0 +1,230 @@
+"""The log on disk: what a strict parser of another make reads, whatever happened to the writer."""
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.processes import fork
+from torch import nn
+
+import unstuck
+from unstuck.record import Run, new_folder
+from unstuck.record._log import NAME, Log, read_log
+
+
+def strict_lines(folder):
+    """The records as a parser reads them that knows no NaN."""
+
+    def refuse(text):
+        raise AssertionError(f"{text} is no JSON")
+
+    text = (folder / NAME).read_bytes()
+    assert text.endswith(b"\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.decode().split("\n")[:-1]]
+
+
+def three_steps(model, optimizer, scale=1.0):
+    for _ in range(3):
+        (scale * model(torch.randn(4, 3))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_every_line_is_strict_json_and_a_loss_that_is_no_number_comes_back(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1), betas=(0.9, 0.99))
+    with unstuck.watch(folder=tmp_path / "run") as run:
+        three_steps(model, optimizer)
+        three_steps(model, optimizer, scale=math.inf)
+        three_steps(model, optimizer, scale=math.nan)
+    lines = strict_lines(tmp_path / "run")
+    assert [r["kind"] for r in lines].count("step") == 9
+    losses = [r["loss"] for r in lines if r["kind"] == "step"]
+    assert all(isinstance(x, float) and math.isfinite(x) for x in losses[:3])
+    assert losses[3] in ("inf", "nan")
+    assert losses[6:] == ["nan"] * 3
+    steps, read = run.series("loss")
+    assert steps == list(range(1, 10))
+    assert read[:3] == losses[:3]
+    assert all(math.isnan(x) for x in read[6:])
+    assert read[3] == float(losses[3]) or math.isnan(read[3])
+
+
+def test_what_is_no_text_is_written_as_an_escape(tmp_path):
+    log = Log(tmp_path)
+    log.write("start", argv=["\udcff", "λ", "\u2028", 'say "so"\n'])
+    log.close()
+    (line,) = strict_lines(tmp_path)
+    assert line["argv"] == ["\udcff", "λ", "\u2028", 'say "so"\n']
+
+
+@pytest.mark.parametrize("tail", [b'{"kind": "step", "st', b"\xff\xfe", b'{"kind": "step"}', b"{"])
+def test_a_torn_last_line_is_ignored_in_reading_and_cut_off_in_opening(tmp_path, tail):
+    log = Log(tmp_path)
+    log.write("step", step=1)
+    log.close()
+    with (tmp_path / NAME).open("ab") as file:
+        file.write(tail)
+    assert Run(tmp_path).steps == 1
+    assert len(Run(tmp_path).events) == 1
+    log = Log(tmp_path)
+    log.write("step", step=2)
+    log.close()
+    assert [r["step"] for r in strict_lines(tmp_path)] == [1, 2] == [e["step"] for e in Run(tmp_path).events]
+
+
+@pytest.mark.parametrize("line", [b"\xff\xff\n", b"3\n", b"[]\n", b"{}\n", b"\n", b'{"kind": \n'])
+def test_what_follows_a_broken_line_is_not_trusted(tmp_path, line):
+    (tmp_path / NAME).write_bytes(b'{"kind": "step", "step": 1}\n' + line + b'{"kind": "step", "step": 2}\n')
+    assert Run(tmp_path).steps == 1
+
+
+def test_a_log_is_read_on_from_where_it_was_read_to(tmp_path):
+    log = Log(tmp_path)
+    run = Run(tmp_path)
+    for step in range(1, 5):
+        log.write("step", step=step, loss=1.0)
+        assert run.steps == step == len(run.of("step")) == len(run.series("loss")[0])
+    assert read_log(tmp_path / NAME)[0] == run.events
+    log.close()
+
+
+def test_an_empty_log_is_a_run_without_steps(tmp_path):
+    (tmp_path / NAME).touch()
+    run = Run(tmp_path)
+    assert (run.steps, run.events, run.script, run.outcome, run.memory()) == (0, [], "", "cut off", None)
+
+
+def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len({new_folder("same") for _ in range(20)}) == 20
+    racing = [fork(lambda: [print(new_folder("x")) for _ in range(300)]) for _ in range(2)]
+    assert [one.wait() for one in racing] == [0, 0]
+    folders = [name for one in racing for name in one.stdout.split()]
+    assert len(set(folders)) == len(folders) == 600
+    model = nn.Linear(3, 2)
+    with unstuck.watch(model, folder="mine"):
+        pass
+    before = (tmp_path / "mine" / NAME).read_bytes()
+    with pytest.raises(ValueError, match="mine holds one"), unstuck.watch(model, folder="mine"):
+        pass
+    assert (tmp_path / "mine" / NAME).read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made_costs_the_log_and_one_warning(tmp_path):
+    (tmp_path / "file").touch()
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.weight.clone()
+    with (
+        pytest.warns(UserWarning, match="not recorded") as said,
+        unstuck.watch(folder=tmp_path / "file" / "run") as run,
+    ):
+        three_steps(model, optimizer)
+    assert len(said) == 1
+    assert not torch.equal(before, model.weight)
+    assert (run.steps, run.memory()) == (0, None)
+
+
+def test_a_folder_that_is_deleted_on_the_way_costs_one_warning(tmp_path):
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="is gone") as said, unstuck.watch(folder=tmp_path / "run"):
+        three_steps(model, optimizer)
+        (tmp_path / "run" / NAME).unlink()
+        (tmp_path / "run").rmdir()
+        three_steps(model, optimizer)
+    assert len(said) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_warnings_that_are_errors_do_not_stop_the_training(tmp_path):
+    (tmp_path / "file").touch()
+    model = nn.Linear(3, 2)
+    with unstuck.watch(model, folder=tmp_path / "file" / "run"):  # pytest makes warnings errors here
+        three_steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def endless(folder):
+    """A loop that tells of every step that it has taken."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with unstuck.watch(folder=folder):
+        for k in range(1, 10**7):
+            model(torch.randn(4, 3)).square().mean().backward()
+            optimizer.step()
+            print(k, flush=True)
+
+
+@pytest.mark.parametrize(("room", "laps"), [(1500, 20), (4000, 3)])  # too little for the log; for the tapes
+def test_a_full_disk_costs_one_warning(tmp_path, monkeypatch, room, laps):
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with unstuck.watch(folder="run") as run:
+            for _ in range(laps):
+                three_steps(model, optimizer)
+        print(run.steps)
+
+    monkeypatch.chdir(tmp_path)
+    done = fork(work)
+    assert done.wait() == 0, done.stderr
+    assert done.stderr.count("UserWarning") == 1, done.stderr
+    assert not Path("run/tapes.part").exists()
+    assert int(done.stdout) == Run("run").steps > 0
+
+
+@pytest.mark.parametrize("moment", [1, 7, 120])
+def test_every_step_before_a_kill_is_read(tmp_path, monkeypatch, moment):
+    monkeypatch.chdir(tmp_path)
+    loop = fork(lambda: endless("run"))
+    loop.until(f"\n{moment}\n" if moment > 1 else "1\n")
+    loop.send(signal.SIGKILL)
+    assert loop.wait() == -signal.SIGKILL
+    told = int(loop.stdout.split()[-1])
+    run = Run("run")
+    assert moment <= told <= run.steps <= told + 1
+    assert run.series("loss")[0] == list(range(1, run.steps + 1))
+    assert run.outcome == "cut off"
+    assert run.diagnose().steps == run.steps
+
+
+def test_a_forked_process_writes_nothing(tmp_path, monkeypatch):
+    def work():
+        model = nn.Linear(3, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with unstuck.watch(folder="run"):
+            three_steps(model, optimizer)
+            child = fork(lambda: three_steps(model, optimizer))
+            assert child.wait() == 0, child.stderr
+            if not os.fork():
+                three_steps(model, optimizer)
+                sys.exit(0)  # leaves the block like the parent does
+            os.wait()
+            three_steps(model, optimizer)
+
+    monkeypatch.chdir(tmp_path)
+    done = fork(work)
+    assert done.wait() == 0, done.stderr
+    lines = strict_lines(Path("run"))
+    assert [r["step"] for r in lines if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [r["outcome"] for r in lines if r["kind"] == "end"] == ["finished"]
+
+
+def test_the_log_does_not_wait_for_the_end(tmp_path):
+    began = time.monotonic()
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with unstuck.watch(folder=tmp_path / "run") as run:
+        three_steps(model, optimizer)
+        assert (tmp_path / "run" / NAME).stat().st_size > 0
+        assert len(Run(tmp_path / "run").series("loss")[0]) == 3
+        assert 0 < run.seconds <= time.monotonic() - began

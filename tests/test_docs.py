@@ -1,0 +1,197 @@
+"""The pages are true: their code runs, their screen is the demo's, their numbers are those of the scripts."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import unstuck
+from unstuck.diagnosis import HYPOTHESES, Diagnosis
+from unstuck.diagnosis._exact import EXACT
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CODES = {*EXACT, *(h.code for h in HYPOTHESES)}
+RIVALS = {h.code for h in HYPOTHESES} & {"noise-floor", "plateau", "poor-minimum"}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.S | re.M)
+
+
+def readers_own() -> dict[str, Any]:
+    """What the README takes as given: a reader's model, optimiser, loop, loss and batches."""
+    torch.manual_seed(0)
+    inputs, labels = torch.randn(64, 4), torch.randint(3, (64,))
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def train():
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss(model, (inputs, labels)).backward()
+            optimizer.step()
+
+    return {
+        "model": model,
+        "optimizer": optimizer,
+        "train": train,
+        "loss": loss,
+        "batches": [(inputs, labels)],
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space = {"__name__": page.stem, **(readers_own() if page.name == "README.md" else {})}
+    for code in blocks(page.read_text(encoding="utf-8"), "python"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(code, str(page), "exec"), space)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', text):
+        target, _, anchor = "".join(link).partition("#")
+        if target.startswith("https://"):
+            continue
+        file = page.parent / target if target else page
+        assert file.is_file(), link
+        titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.M) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w-]", "", t.lower().replace(" ", "-")) for t in titles}, link
+
+
+# The demonstration and its screen
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[str, dict[str, Any]]:
+    """What `unstuck demo` prints, and its diagnosis."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-c", "from unstuck.cli import main; main()", "demo"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "96", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True
+    )
+    diagnosis = next(folder.glob("unstuck-runs/*/diagnosis.json"))
+    return done.stdout.decode(), json.loads(diagnosis.read_text(encoding="utf-8"))
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"[\d.,⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+", "#", " ".join(text.split()))
+
+
+def test_the_screen_in_the_readme_is_what_the_demo_prints(demo):
+    printed, diagnosis = demo
+    finding = diagnosis["findings"][0]
+    (screen,) = blocks(README, "text")
+    stable = [f"{finding['word']} {finding['code']}", finding["claim"], "Evidence value interval n what it means"]
+    stable += ["Ruled out because", "Trial loss ends interval, %", "Every arm starts from the same weights", "→"]
+    stable += [part for e in finding["evidence"] for part in (f" {e['name']} ", e["meaning"][:40])]
+    stable += [f" {r['code']} " for r in finding["ruled_out"]]
+    stable += [f" {arm['remedy']} " for arm in finding["trial"]["arms"]]
+    stable += ["Run: unstuck-runs/", "The report: unstuck-runs/"]
+    for text in map(without_numbers, stable):
+        assert text in without_numbers(printed), "the screen shows the diagnosis"
+        assert text in without_numbers(screen), "the README shows the screen"
+
+
+def test_the_picture_of_the_report_is_small_enough_to_load():
+    assert (ROOT / "docs/report.png").read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / "docs/report.png").stat().st_size <= 300_000
+
+
+# Faults and words
+
+
+def test_every_code_has_its_place_in_the_pages():
+    faults = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^## ([a-z-]+)$", faults, flags=re.M)) == CODES - RIVALS | {"unknown"}
+    assert set(re.findall(r"^### ([\w-]+)$", faults, flags=re.M)) == RIVALS
+    assert set(re.findall(r"^\| `([\w-]+)` \|", README, flags=re.M)) == CODES - RIVALS
+    assert all(f"`{code}`" in README for code in RIVALS)
+
+
+# The JSON
+
+
+def paths(value: Any, at: str = "") -> set[tuple[str, str]]:
+    """Every field of a JSON value with its type; lists are entered, `[]` marks them."""
+    if isinstance(value, dict):
+        inner = {pair for key, child in value.items() for pair in paths(child, f"{at}.{key}" if at else key)}
+        return inner | ({(at, "object")} if at else set())
+    if isinstance(value, list):
+        inner = {pair for child in value if isinstance(child, dict) for pair in paths(child, f"{at}[]")}
+        return {pair for pair in inner if pair[0] != f"{at}[]"} | {(at, "list")}
+    kinds = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+    return {(at, kinds[type(value)])}
+
+
+def documented() -> dict[str, set[str]]:
+    text = (ROOT / "docs/diagnosis-json.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.\[\]]+)` \| ([a-z ]+) \|", text, flags=re.M)
+    return {path: set(kinds.split(" or ")) for path, kinds in rows}
+
+
+def test_the_fields_of_a_diagnosis_are_the_documented_ones(demo):
+    (example,) = blocks((ROOT / "docs/diagnosis-json.md").read_text(encoding="utf-8"), "json")
+    proved, exact = demo[1], json.loads(example)
+    assert Diagnosis.from_json(exact).to_json() == exact
+    found = paths(proved) | paths(exact)
+    assert {path for path, _ in found} == documented().keys()
+    for path, kind in found:
+        wanted = documented()[path]
+        assert kind in wanted or (kind == "integer" and "number" in wanted), path
+
+
+def test_a_number_that_is_not_finite_is_a_string_where_the_page_says_so():
+    read = Diagnosis("train.py", 3, float("nan"), float("inf"), (), ())
+    assert (read.to_json()["seconds"], read.to_json()["overhead"]["share"]) == ("nan", "inf")
+    assert "string" in documented()["seconds"] and "string" in documented()["overhead.share"]
+
+
+# Figures that scripts have measured
+
+
+def test_the_scoreboard_in_the_readme_is_the_measured_one():
+    place = ROOT / "clinic/results.json"
+    if not place.is_file():
+        pytest.skip("the clinic has not been measured yet")
+    cells = json.loads(place.read_text(encoding="utf-8"))["cells"]
+    faulty, healthy = ([c for c in cells if bool(c["expected"]) == kind] for kind in (True, False))
+    programs, faults, seeds = (len({c[key] for c in faulty}) for key in ("program", "run", "seed"))
+    said = (
+        f"{programs} programs × {faults} faults × {seeds} seeds: the right cause came first in "
+        f"{sum(c['right'] for c in faulty)} of {len(faulty)} faulty runs, and "
+        f"{sum(c['right'] for c in healthy)} of {len(healthy)} healthy runs stayed silent"
+    )
+    assert said in " ".join(README.split()), f"the README must say: {said}"
+
+
+def test_the_time_and_memory_in_the_readme_are_the_measured_ones():
+    place = ROOT / "benchmarks/demo.json"
+    if not place.is_file():
+        pytest.skip("the demonstration has not been measured yet")
+    measured = json.loads(place.read_text(encoding="utf-8"))
+    seconds, mib = measured["seconds"][1], measured["peak_mib"][1]  # the medians of three
+    said = f"{seconds:.0f} seconds and {mib} MiB"
+    assert said in " ".join(README.split()), f"the README must say: {said}"
+
+
+def test_the_names_of_the_package_are_the_ones_that_the_readme_uses():
+    assert set(re.findall(r"unstuck\.(\w+)\(", README)) <= set(unstuck.__all__)
