@@ -80,7 +80,7 @@ class TestExactFaults:
         found = verdict(tmp_path, train(model, torch.optim.SGD(model.parameters(), lr=0.1), batches(x, y, 16), 10))
         assert codes(found) == ["non-finite-data"]
         assert found.findings[0].step == 3
-        assert "rows 5" in found.findings[0].where  # 37 = 2 · 16 + 5
+        assert "row 5" in found.findings[0].where  # 37 = 2 · 16 + 5
 
     def test_every_exact_fault_is_named_once(self, tmp_path):
         model = mlp()

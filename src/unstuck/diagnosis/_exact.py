@@ -97,17 +97,16 @@ def _fact(case: Case, code: str) -> dict[str, Any] | None:
 
 
 def _habit(case: Case, code: str) -> tuple[dict[str, Any] | None, int]:
-    """The last note of a fact that holds at nearly every step, and how many steps there were when it was made."""
+    """The last note of a fact that holds at nearly every step, and how many steps had been looked at by then."""
     notes = [e for e in case.run.of("fact") if e["code"] == code]
     if not notes:
         return None, 0
     last = notes[-1]
-    steps = last["step"]
-    # Notes come at counts 1, 2, 4, 8 …: a habit's count keeps up with the steps, and doubles before they do.
-    lasted = (
-        last["count"] >= LEAST_STEPS - 1 and last["count"] >= OFTEN * (steps - 1) and case.run.steps < 3 * steps + 2
-    )
-    return (last if lasted else None), steps
+    looked = last["of"]
+    every = case.run.steps if code == "stale-gradient" else case.run.heard or looked
+    # Notes come at counts 1, 2, 4, 8 …: a habit's count keeps up with the steps looked at.
+    lasted = last["count"] >= LEAST_STEPS - 1 and last["count"] >= OFTEN * (looked - 1) and every < 3 * looked + 2
+    return (last if lasted else None), looked
 
 
 def _some(names: list[str]) -> str:

@@ -86,6 +86,11 @@ class Run:
         return float(next((e["time"] for e in reversed(self.events) if "time" in e), 0.0))
 
     @property
+    def heard(self) -> int:
+        """How many steps a recorder was on for; 0 where the run was killed."""
+        return next((e["heard"] for e in reversed(self.events) if "heard" in e), 0)
+
+    @property
     def overhead(self) -> float:
         """The share of the run's time that watching took; NaN where the run was killed."""
         return float(next((e["overhead"] for e in reversed(self.events) if "overhead" in e), float("nan")))

@@ -52,6 +52,7 @@ class Watch:
         self._losses: list[Tensor] = []  # what backward was called on since the last step
         self._record: dict[str, Any] = {}  # of the step being taken
         self._counts: dict[str, int] = {}
+        self._heard = 0  # steps that a recorder was on for
         self._first: list[State] = []  # the weights at the start, unless they are too large to keep
         self._recent: deque[State] = deque(maxlen=2)
         self._saved = -1
@@ -83,7 +84,12 @@ class Watch:
         if os.getpid() != self._process:
             return  # a fork of the script that came this far: the run is its parent's
         self.save()
-        end = {"time": self._elapsed(), "overhead": self._overhead(), "refusals": self._deck.refusals}
+        end = {
+            "time": self._elapsed(),
+            "overhead": self._overhead(),
+            "heard": self._heard,
+            "refusals": self._deck.refusals,
+        }
         self._log.write("end", outcome=outcome, **end)
         self._log.close()
 
@@ -166,7 +172,7 @@ class Watch:
             self._first = [snapshot(0, self._leaves, self._only())]
         stale = self._stale.used_by(optimizer)
         if stale is not None:
-            self._counted("stale-gradient", where=self._name(stale), line=caller())
+            self._counted("stale-gradient", of=self.steps + 1, where=self._name(stale), line=caller())
         if tape is not None and stale is None and not self._deck.check(tape, _moved(optimizer)):
             tape = None
         if tape is not None:
@@ -219,13 +225,14 @@ class Watch:
             self._meet(optimizer)
 
     def _note_parameters(self, recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
+        self._heard += 1
         cut = cut_off(recorder, optimizer)
         if cut:
             function, line = recorder.cuts[0]
-            self._counted("graph-cut", names=[self._name(p) for p in cut], function=function, line=line)
+            self._counted("graph-cut", of=self._heard, names=[self._name(p) for p in cut], function=function, line=line)
         lost = orphans(recorder, self._optimizers)
         if lost:
-            self._counted("orphan-gradient", names=[self._name(p) for p in lost])
+            self._counted("orphan-gradient", of=self._heard, names=[self._name(p) for p in lost])
 
     def _read_loss(self, tape: Tape | None) -> None:
         if not self._losses:
@@ -234,13 +241,13 @@ class Watch:
         self._record["loss"] = loss
         self._record["backwards"] = len(self._losses)
         if not math.isfinite(loss) and "non-finite" not in self._counts:
-            self._counted("non-finite", loss=loss, **first_nonfinite(tape, self._leaves, self._name))
+            self._counted("non-finite", of=self.steps + 1, loss=loss, **first_nonfinite(tape, self._leaves, self._name))
 
-    def _counted(self, code: str, **values: Any) -> None:
-        """Logs a fact that may come at every step: the first time, and whenever its count has doubled."""
+    def _counted(self, code: str, *, of: int, **values: Any) -> None:
+        """Logs a fact that may hold at every one `of` the steps looked at: once, and when its count has doubled."""
         count = self._counts[code] = self._counts.get(code, 0) + 1
         if count & (count - 1) == 0:
-            self._fact(code, count=count, **values)
+            self._fact(code, count=count, of=of, **values)
 
     def _fact(self, code: str, **values: Any) -> None:
         self._log.write("fact", code=code, step=self.steps + 1, **values)
