@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unstuck.critical._spectrum import signs, spectrum_of, zero_width
 from unstuck.curvature import hessian
-from unstuck.objective._objective import Objective
+from unstuck.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)

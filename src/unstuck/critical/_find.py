@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unstuck.curvature import Krylov, hessian
-from unstuck.objective._objective import Objective
+from unstuck.objective import Objective
 
 _FLAT = 1e-3  # below it ‖Hg‖/(‖H‖‖g‖) calls a point gradient-flat
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unstuck.objective._objective import Objective
+from unstuck.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from unstuck.critical._noise import Noise, gradient_noise
 from unstuck.critical._spectrum import signs, spectrum_of, zero_width
 from unstuck.critical._words import told
 from unstuck.curvature import Eigenpairs, Operator, Share, density, hessian
-from unstuck.objective._objective import Objective
+from unstuck.objective import Objective
 
 _NEAR = 1e-5  # of ‖θ‖: a best step as short as this leads nowhere
 

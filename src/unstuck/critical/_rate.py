@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unstuck.curvature import Operator, eigenpairs, hessian
-from unstuck.objective._objective import Objective
+from unstuck.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unstuck.critical._point import CriticalPoint, examine
-from unstuck.objective._objective import Objective
+from unstuck.objective import Objective
 
 
 @dataclass(frozen=True, eq=False)
