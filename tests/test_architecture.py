@@ -64,7 +64,9 @@ def test_a_room_imports_only_rooms_before_it_and_by_their_door(path, tree):
 
 def test_imports_stand_at_the_top_except_in_doors(path, tree):
     if place(path) not in DOORS:
-        inner = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and n not in tree.body]
+        for_types = [n for top in tree.body if isinstance(top, ast.If) for n in top.body]  # if TYPE_CHECKING:
+        top = [*tree.body, *for_types]
+        inner = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and n not in top]
         assert [n.lineno for n in inner] == []
 
 

@@ -1,10 +1,12 @@
 """Lanczos against spectra that are known, and its own claims about errors against the truth."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from unstuck.curvature import Operator, dense, eigenpairs, hessian
+from unstuck.curvature import Krylov, Operator, dense, eigenpairs, hessian
 from unstuck.objective._objective import Objective
 
 
@@ -149,3 +151,52 @@ def test_wishes_that_cannot_be_met_are_refused():
         eigenpairs(diagonal([1.0, 2.0]), largest=-1)
     with pytest.raises(ValueError, match="got max_products=3: raise it"):
         eigenpairs(diagonal(torch.ones(10)), largest=5, max_products=3)
+
+
+def test_a_basis_of_bounded_memory_finds_the_same_pairs_with_more_products():
+    true = torch.cat([torch.linspace(0, 1, 1000), torch.tensor([1.4, 1.6, 3.0, -0.5])]).double().sort().values
+    wanted = torch.cat([true[:2], true[-4:]])
+    free = eigenpairs(diagonal(true), largest=4, smallest=2, tol=1e-5, generator=seeded())
+    vector = len(true) * 8
+    tight = eigenpairs(diagonal(true), largest=4, smallest=2, tol=1e-5, memory=26 * vector, generator=seeded())
+    for found in (free, tight):
+        assert found.converged
+        assert ((found.values - wanted).abs() <= found.errors).all()
+        misses = (found.vectors * true - found.values[:, None] * found.vectors).norm(dim=1)
+        assert (misses <= found.residuals * 1.001).all()
+    assert free.products > 20  # more than the tight basis of 20 holds
+    assert free.products <= tight.products <= 3 * free.products
+
+
+def test_a_basis_of_bounded_memory_holds_no_more_vectors_than_it_may():
+    A = diagonal(torch.linspace(-1, 1, 4000))
+    found = eigenpairs(A, tol=5e-3, memory=26 * 4000 * 8, generator=seeded())
+    assert found.converged
+    assert found.products > 24  # the basis, beside two vectors for the result
+    krylov = Krylov(A, rows=24, generator=seeded())
+    while not krylov.full:
+        krylov.grow()
+    krylov.compress(krylov.ritz(), [0, 1, 22, 23])
+    assert (len(krylov), len(krylov.basis)) == (4, 24)
+    with pytest.raises(ValueError, match=r"2 eigenpairs of size 4000 need 0\.000384 GB .* got memory=0\.00016 GB"):
+        eigenpairs(A, memory=5 * 4000 * 8)
+
+
+def test_a_warm_start_saves_products_and_follows_eigenvalues_that_cross():
+    bulk = torch.randn(3000, generator=seeded(), dtype=torch.float64) * 0.2
+    vectors, products, cold = None, [], []
+    for step in range(20):  # one falls, the other rises
+        true = torch.cat([bulk, torch.tensor([3 - step / 20, 2.03 + step / 20], dtype=torch.float64)])
+        found = eigenpairs(diagonal(true), largest=2, smallest=0, tol=1e-3, start=vectors, generator=seeded(step))
+        assert float((found.values - true[-2:].sort().values).abs().max()) <= 1e-3 * 3
+        cold.append(eigenpairs(diagonal(true), largest=2, smallest=0, tol=1e-3, generator=seeded(step)).products)
+        products.append(found.products)
+        vectors = found.vectors
+    assert sum(products) < 0.85 * sum(cold)
+
+
+def test_starts_that_fit_no_vector_are_refused():
+    with pytest.raises(ValueError, match="finite vectors of length 5"):
+        eigenpairs(diagonal(torch.ones(5)), start=torch.ones(4))
+    with pytest.raises(ValueError, match="finite vectors of length 5"):
+        eigenpairs(diagonal(torch.ones(5)), start=torch.full((5,), math.nan))

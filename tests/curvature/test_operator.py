@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from scipy.sparse import linalg as sparse
 from tests import oracles
 
-from unstuck.curvature import Operator, dense, hessian, identity
+from unstuck.curvature import Operator, dense, hessian, identity, to_scipy
 from unstuck.objective._objective import Objective, Term
 from unstuck.testing import check_operator
 
@@ -78,3 +79,34 @@ def test_the_exam_names_what_is_wrong_with_an_operator(matvec, message):
 def test_symmetric_matrices_pass_the_exam(dtype):
     check_operator(operator(symmetric(50, dtype=dtype)), generator=torch.Generator().manual_seed(1))
     check_operator(0 * identity(3))
+
+
+def test_scipy_takes_an_operator_for_one_of_its_own():
+    matrix = symmetric(30)
+    A = to_scipy(operator(matrix))
+    values = sparse.eigsh(A, k=3, which="LA", return_eigenvectors=False)
+    torch.testing.assert_close(torch.tensor(values).sort().values, torch.linalg.eigvalsh(matrix)[-3:])
+    b = torch.ones(30, dtype=torch.float64)
+    x, failed = sparse.minres(A, b.numpy(), rtol=1e-12)
+    assert failed == 0
+    torch.testing.assert_close(torch.tensor(x), torch.linalg.solve(matrix, b))
+    doubled = sparse.aslinearoperator(A) * 2
+    torch.testing.assert_close(torch.tensor(doubled @ b.numpy()), 2 * matrix @ b)
+    single = to_scipy(operator(matrix.float()))
+    assert single.matvec(b.numpy()).dtype == single.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (["a", "q"], r"got \['q'\] among \['a.weight', 'b'\]"),
+        (lambda name: False, "at least one parameter"),
+        ([], "at least one parameter"),
+    ],
+)
+def test_a_restriction_to_nothing_is_refused(where, message):
+    objective = Objective.of_terms(
+        [Term(lambda values: sum(v.sum() for v in values), 1)], {"a.weight": torch.ones(2), "b": torch.ones(1)}
+    )
+    with pytest.raises(ValueError, match=message):
+        hessian(objective, where=where)

@@ -317,7 +317,7 @@ def test_gradients_are_found_inside_no_grad():
 def test_a_loss_that_is_not_finite_is_a_value_but_has_no_curvature():
     objective = Objective.of_terms([Term(lambda values: values[0].log().sum(), 1)], {"a": -torch.ones(2)})
     assert objective.value().isnan()
-    with pytest.raises(ValueError, match="needs a finite loss, got nan"):
+    with pytest.raises(ValueError, match="curvature needs a finite loss, got nan"):
         objective.product(torch.ones(2))
 
 

@@ -1,12 +1,15 @@
 """Symmetric linear maps as values: known by their products, added and multiplied like numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from unstuck.objective import Objective
+from unstuck.objective import Chunk, Linear, Objective
+
+Where = Callable[[str], bool] | Collection[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +54,19 @@ def identity(size: int, *, dtype: torch.dtype = torch.float32, device: torch.dev
     return Operator(torch.clone, size, dtype=dtype, device=device)
 
 
-def hessian(objective: Objective) -> Operator:
-    """The Hessian H of the objective at its point; H @ v costs about two gradients once the first product is paid."""
+def hessian(objective: Objective, *, where: Where | None = None) -> Operator:
+    """The Hessian H of the objective at its point; H @ v costs about two gradients once the first product is paid.
+
+    `where` restricts it to some parameters: names, of these or of modules that hold them, or a predicate of a name.
+    """
+    objective = objective if where is None else objective.restrict(where)
     return Operator(objective.product, objective.size, dtype=objective.dtype, device=objective.device)
+
+
+def operator_of(objective: Objective, where: Where | None, build: Callable[[Chunk], Linear]) -> Operator:
+    """The mean over the terms of an objective of what `build` reads off the graph of each."""
+    objective = objective if where is None else objective.restrict(where)
+    return Operator(objective.matrix(build), objective.size, dtype=objective.dtype, device=objective.device)
 
 
 def dense(A: Operator, *, memory: float = 1e9) -> Tensor:
@@ -78,3 +91,26 @@ def dense(A: Operator, *, memory: float = 1e9) -> Tensor:
             "finite products are needed, got NaN or infinity: the loss is not smooth here or has overflowed"
         )
     return (matrix + matrix.T) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayOperator:
+    """An operator on NumPy arrays, with the attributes by which SciPy takes it for a LinearOperator."""
+
+    matvec: Callable[[np.ndarray], np.ndarray]  # (n,) -> (n,)
+    rmatvec: Callable[[np.ndarray], np.ndarray]  # the same, as the operator is symmetric
+    shape: tuple[int, int]
+    dtype: np.dtype
+
+
+def to_scipy(A: Operator) -> ArrayOperator:
+    """A for SciPy's iterative solvers, as in `scipy.sparse.linalg.eigsh(to_scipy(A), k=3)`.
+
+    Those accept what has a shape and a matvec, so that SciPy need not be installed here; to calculate with it, take
+    `scipy.sparse.linalg.aslinearoperator(to_scipy(A))`.
+    """
+
+    def matvec(x: np.ndarray) -> np.ndarray:
+        return (A @ torch.from_numpy(x.reshape(-1).copy()).to(dtype=A.dtype, device=A.device)).cpu().numpy()
+
+    return ArrayOperator(matvec, matvec, (A.size, A.size), torch.empty(0, dtype=A.dtype).numpy().dtype)

@@ -1,16 +1,22 @@
 """The loss as a function of parameters: of a model and its data, or of a recorded step of somebody else's loop."""
 
 from unstuck.objective._calls import caller
+from unstuck.objective._chunks import Chunk, Linear, Plan
 from unstuck.objective._graph import Vault
-from unstuck.objective._objective import Objective, Term
+from unstuck.objective._model import examples
+from unstuck.objective._objective import Objective
 from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, tensors
 from unstuck.objective._recorder import Recorder
 from unstuck.objective._tapefile import pack, unpack
+from unstuck.objective._term import Term, along, gradient_of, nodes_behind, second_derivatives
 
 __all__ = [
+    "Chunk",
     "Constant",
     "Instruction",
+    "Linear",
     "Objective",
+    "Plan",
     "Program",
     "Recorder",
     "Slot",
@@ -18,8 +24,13 @@ __all__ = [
     "TapeError",
     "Term",
     "Vault",
+    "along",
     "caller",
+    "examples",
+    "gradient_of",
+    "nodes_behind",
     "pack",
+    "second_derivatives",
     "tensors",
     "unpack",
 ]

@@ -1,47 +1,40 @@
 """The loss as a function of the parameters: its value, gradient and Hessian products, summed over weighted terms."""
 
-import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import Tensor, distributed, nn
 
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """The loss of one batch as a function of the parameters, and the number of examples it is the mean of."""
-
-    loss: Callable[[Sequence[Tensor]], Tensor]  # the parameters, in the order of the objective -> scalar
-    weight: float
-
-
-def examples(batch: Any) -> int:
-    """The length of the first tensor in a batch: how many examples it holds."""
-    for tensor in _tensors(batch):
-        if tensor.ndim > 0:
-            return len(tensor)
-    raise ValueError(
-        f"the number of examples is read off the first tensor of a batch, got {type(batch).__name__} without one: "
-        "pass weight=, a function from the batch to that number"
-    )
+from unstuck.objective import _ranks
+from unstuck.objective._chunks import Chunk, Graphs, Linear, Plan
+from unstuck.objective._division import Division
+from unstuck.objective._matmul import fast_matmul
+from unstuck.objective._model import batch_terms, examples, unwrapped
+from unstuck.objective._term import Term, along, gradient_of, second_derivatives
 
 
 class Objective:
     """L(θ) = Σ w_b ℓ_b(θ) / Σ w_b: the loss of a model over batches, as a function of its parameters.
 
-    `loss(model, batch)` returns the mean over the batch and `weight(batch)` its number of examples. θ holds every
-    parameter with requires_grad=True, a tied one once, in the order of `named_parameters()`; flat tensors are float32,
-    or wider where a parameter is. Train or eval mode, buffers and random masks are fixed when the objective is built,
-    so that it is one deterministic function. The model, its gradients and the global generator are left alone.
+    `loss(model, batch)` returns the mean over the batch and `weight(batch)` its number of examples (or tokens, if it
+    is the mean over these). θ holds every parameter with requires_grad=True, a tied one once, in the order of
+    `named_parameters()`; flat tensors are float32, or wider where a parameter is.
 
-    The batches are read once, into a list. The first Hessian product keeps the graph of the gradient, which takes the
-    activations of all batches; from then on a product costs about as much as two gradients.
+    An objective is one deterministic function: weights (frozen ones too), buffers, train or eval mode and random masks
+    are copied when it is built, so that training the model afterwards changes nothing here. Build another one to look
+    at the new weights. Batches are kept, not copied; writing into them is noticed and refused. The model, its
+    gradients and the global generator are left alone.
+
+    The first Hessian product measures the graphs of the gradients and keeps them as far as `memory` allows: in bytes,
+    products included, beyond what a gradient takes; half of what is free, if not given. `plan` tells what was decided.
+    A product then costs at most about two gradients, and three where the graph is built again. On a CPU, large batches
+    are computed in parts, where a trial on the largest shows that its loss is the mean of those of its parts.
+
+    With a process `group`, each rank gives batches of its own and all get the mean over all examples, from one
+    all-reduce a product. All ranks must ask for the same things in the same order.
     """
 
     def __init__(
@@ -51,16 +44,26 @@ class Objective:
         batches: Iterable[Any],
         *,
         weight: Callable[[Any], float] = examples,
+        memory: float | None = None,
+        group: "distributed.ProcessGroup | None" = None,
     ) -> None:
+        model = unwrapped(model)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not parameters:
             raise ValueError(
                 "an objective needs a parameter with requires_grad=True, the model has none: unfreeze what to look at"
             )
-        self._begin(_batch_terms(model, loss, batches, weight), parameters)
+        self._begin(batch_terms(model, loss, batches, weight), parameters, memory, group)
 
     @classmethod
-    def of_terms(cls, terms: Iterable[Term], parameters: Mapping[str, Tensor]) -> "Objective":
+    def of_terms(
+        cls,
+        terms: Iterable[Term],
+        parameters: Mapping[str, Tensor],
+        *,
+        memory: float | None = None,
+        group: "distributed.ProcessGroup | None" = None,
+    ) -> "Objective":
         """The objective over given terms, at the values that the named parameters have now.
 
         >>> double_well = Term(lambda values: (values[0] ** 2 - 1).square().sum(), weight=1)
@@ -68,17 +71,18 @@ class Objective:
         tensor([-4.])
         """
         self = cls.__new__(cls)
-        self._begin(terms, parameters)
+        self._begin(terms, parameters, memory, group)
         return self
 
-    def _begin(self, terms: Iterable[Term], parameters: Mapping[str, Tensor]) -> None:
-        self.terms = tuple(terms)
-        self.weight = math.fsum(term.weight for term in self.terms)
-        if not self.terms:
-            raise ValueError("an objective needs at least one batch, got none: an iterator can be read only once")
-        if not (all(term.weight >= 0 for term in self.terms) and 0 < self.weight < math.inf):
-            weights = [term.weight for term in self.terms]
-            raise ValueError(f"weights count examples, so none is negative and their sum is positive, got {weights}")
+    def _begin(
+        self,
+        terms: Iterable[Term],
+        parameters: Mapping[str, Tensor],
+        memory: float | None,
+        group: "distributed.ProcessGroup | None",
+    ) -> None:
+        if memory is not None and not memory > 0:
+            raise ValueError(f"memory is a positive number of bytes, got {memory}")
         if not parameters:
             raise ValueError("an objective needs at least one parameter, got none")
         self.names = tuple(parameters)
@@ -86,10 +90,46 @@ class Objective:
         self.size = sum(p.numel() for p in parameters.values())
         self._kinds = tuple((p.dtype, p.device) for p in parameters.values())
         self._point = self._flatten([p.detach() for p in parameters.values()])
+        self.terms = tuple(terms)
+        weights = [term.weight for term in self.terms]
+        countable = all(weight >= 0 for weight in weights)
+        self.weight = _ranks.total_weight(math.fsum(weights) if countable else math.nan, self._point, group)
+        if not self.terms and self.weight == 0:
+            raise ValueError("an objective needs at least one batch, got none: an iterator can be read only once")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"weights count examples, so none is negative and their sum is positive, got {weights}")
+        _ranks.check_same(self._point, group)
+        self._memory, self._group = memory, group
+        self._divided = Division(self.terms, memory)
 
     def at(self, point: Tensor) -> "Objective":
         """The same objective at another point; the terms are shared."""
-        return self.of_terms(self.terms, dict(zip(self.names, self.unflatten(point), strict=True)))
+        values = dict(zip(self.names, self.unflatten(point), strict=True))
+        other = self.of_terms(self.terms, values, memory=self._memory, group=self._group)
+        other._divided = self._divided  # noqa: SLF001, found out once for all points
+        return other
+
+    def restrict(self, where: Callable[[str], bool] | Collection[str]) -> "Objective":
+        """The objective as a function of some of its parameters; the others stay as they are.
+
+        `where` holds names, of parameters or of the modules that they lie in, or is a predicate of a parameter's name.
+        """
+        chosen = _chosen(self.names, where)
+        values = self.unflatten(self._point)
+        constants = [value.clone() for value in values]
+
+        def part(term: Term) -> Term:
+            def loss(given: Sequence[Tensor]) -> Tensor:
+                merged = list(constants)
+                for k, value in zip(chosen, given, strict=True):
+                    merged[k] = value
+                return term.loss(merged)
+
+            parts = term.parts
+            return Term(loss, term.weight, None if parts is None else lambda n: [part(piece) for piece in parts(n)])
+
+        parameters = {self.names[k]: values[k] for k in chosen}
+        return self.of_terms(map(part, self.terms), parameters, memory=self._memory, group=self._group)
 
     @property
     def point(self) -> Tensor:
@@ -104,10 +144,15 @@ class Objective:
     def device(self) -> torch.device:
         return self._point.device
 
+    @property
+    def plan(self) -> Plan | None:
+        """Which graphs are kept for Hessian products; None before the first of them."""
+        return self._hessian.plan
+
     def value(self) -> Tensor:
         """L(θ), 0-d; NaN and infinity are returned as they are."""
         with torch.no_grad():
-            return self._mean_loss(self._loss(term) for term in self.terms)
+            return self._mean_loss(lambda: [term.at(self._leaves) for term in self._divided(self._leaves)])
 
     def gradient(self) -> Tensor:
         """∇L(θ), flat; zero for a parameter that the loss does not use."""
@@ -117,20 +162,26 @@ class Objective:
         """L(θ) and ∇L(θ), at the cost of the gradient."""
         losses = []
 
-        def gradients() -> Iterator[Tensor]:
-            for term in self.terms:
-                loss = self._loss(term)
+        def gradients() -> Iterator[Sequence[Tensor]]:
+            for term in self._divided(self._leaves):
+                loss = term.at(self._leaves)
                 losses.append(loss.detach())
-                yield self._flatten(_gradient(loss, self._leaves))
+                yield gradient_of(loss, self._leaves)
 
         with torch.enable_grad():
-            gradient = self._mean(gradients())
-        return self._mean_loss(losses), gradient
+            gradient = self._mean(gradients)
+        return self._mean_loss(lambda: losses), gradient
 
     def product(self, v: Tensor) -> Tensor:
         """H v, flat, with H the Hessian of L at θ."""
-        directions = self.unflatten(v)
-        return self._mean(self._flatten(_directional(g, self._leaves, directions)) for g in self._gradient_graphs)
+        return self._apply(self._hessian, v)
+
+    def matrix(self, build: Callable[[Chunk], Linear]) -> Callable[[Tensor], Tensor]:
+        """v ↦ Σ w_b A_b v / Σ w_b on flat v, with A_b the symmetric map that `build` reads off the graph of a term.
+
+        The graphs are kept as far as the memory of the objective allows, and built again where not.
+        """
+        return functools.partial(self._apply, self._graphs(build))
 
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """A flat tensor cut into the shapes, types and devices of the parameters."""
@@ -159,125 +210,79 @@ class Objective:
         return [piece.clone().requires_grad_() for piece in self.unflatten(self._point)]
 
     @functools.cached_property
-    def _gradient_graphs(self) -> list[list[Tensor]]:
-        """The gradient of each term with its graph, to be differentiated again."""
-        graphs = []
+    def _hessian(self) -> Graphs:
+        return self._graphs(_hessian_of)
+
+    def _graphs(self, build: Callable[[Chunk], Linear]) -> Graphs:
+        first = _ranks.rank_of(self._group) << 32
+        chunks = functools.partial(_chunks, self._divided, self._leaves, first)  # without self, which would be a cycle
+        return Graphs(chunks, build, self._memory)
+
+    def _apply(self, graphs: Graphs, v: Tensor) -> Tensor:
+        directions = self.unflatten(v)
+
+        def products() -> Iterator[Sequence[Tensor]]:
+            for apply in graphs:
+                with fast_matmul(), second_derivatives():
+                    product = apply(directions)
+                del apply  # or its graph would be alive while the next one is built
+                yield product
+
         with torch.enable_grad():
-            for term in self.terms:
-                loss = self._loss(term)
-                if not loss.isfinite():
-                    raise ValueError(
-                        f"a Hessian needs a finite loss, got {loss.item()} here: look at the point before its curvature"
-                    )
-                graphs.append(_gradient(loss, self._leaves, create_graph=True))
-        return graphs
+            return self._mean(products, mark=float(v.sum()) if self._group is not None else 0.0)
 
-    def _loss(self, term: Term) -> Tensor:
-        loss = term.loss(self._leaves)
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-            what = f"a {loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise TypeError(f"the loss must be a tensor with one real number, got {what}: return the batch's mean loss")
-        return loss.reshape(())
-
-    def _mean_loss(self, losses: Iterable[Tensor]) -> Tensor:
+    def _mean_loss(self, losses: Callable[[], Sequence[Tensor]]) -> Tensor:
         # float64, because a line search compares values that differ by less than a float32 sum over batches resolves
-        return self._mean(loss.to(device=self.device, dtype=torch.float64) for loss in losses).to(self.dtype)
+        like = torch.zeros(1, dtype=torch.float64, device=self.device)
 
-    def _mean(self, parts: Iterable[Tensor]) -> Tensor:
-        """Σ w_b x_b / Σ w_b: the one place where batches, and one day ranks, are summed."""
-        total = torch.zeros((), dtype=self.dtype, device=self.device)
-        for term, part in zip(self.terms, parts, strict=True):
-            total = total + term.weight * part
-        return total / self.weight
+        def weighted() -> Tensor:
+            pairs = zip(self._divided(self._leaves), losses(), strict=True)
+            return sum((term.weight * loss.to(like) for term, loss in pairs), like)
 
+        return (_ranks.total(weighted, like, self._group)[0] / self.weight).to(self.dtype)
 
-def _gradient(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
-    found: Sequence[Tensor | None] = (
-        torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True) if loss.requires_grad else ()
-    )
-    if all(g is None for g in found):
-        raise ValueError(
-            "the loss must depend on a parameter, got one that depends on none: compute it with the model that loss() "
-            "is given, without detach(), item() or no_grad()"
-        )
-    return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
+    def _mean(self, parts: Callable[[], Iterable[Sequence[Tensor]]], *, mark: float = 0.0) -> Tensor:
+        """Σ w_b x_b / Σ w_b, flat: the one place where batches and ranks are summed."""
+
+        def weighted() -> Tensor:
+            total = torch.zeros_like(self._point)
+            for term, part in zip(self._divided(self._leaves), parts(), strict=True):
+                total.add_(self._flatten(part), alpha=term.weight)
+            return total
+
+        return _ranks.total(weighted, self._point, self._group, mark=mark) / self.weight
 
 
-def _directional(
-    gradient: Sequence[Tensor], leaves: Sequence[Tensor], directions: Sequence[Tensor]
-) -> Sequence[Tensor]:
-    """The derivative of the gradient along the directions, by symmetry that of ⟨gradient, directions⟩."""
-    curved = [(g, d) for g, d in zip(gradient, directions, strict=True) if g.requires_grad]
-    if not curved:  # the loss is linear
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    slopes, ways = zip(*curved, strict=True)
-    return torch.autograd.grad(slopes, leaves, ways, retain_graph=True, materialize_grads=True)
+def _chunks(divided: Division, leaves: Sequence[Tensor], first: int) -> list[Chunk]:
+    def chunk(term: Term, index: int) -> Chunk:
+        return Chunk(lambda: _finite(term.at(leaves)), leaves, term.weight, index)
+
+    return [chunk(term, first + k) for k, term in enumerate(divided(leaves))]
 
 
-class _Evaluated(nn.Module):
-    """The loss as a module, for `functional_call` to put other weights under the whole of it."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.loss(self.model, batch)
+def _finite(loss: Tensor) -> Tensor:
+    if not loss.isfinite():
+        raise ValueError(f"curvature needs a finite loss, got {loss.item()}: look at the loss here first")
+    return loss
 
 
-def _batch_terms(
-    model: nn.Module, loss: Callable[[Any, Any], Tensor], batches: Iterable[Any], weight: Callable[[Any], float]
-) -> Iterator[Term]:
-    evaluated = _Evaluated(model, loss)
-    names = tuple(f"model.{name}" for name, p in model.named_parameters() if p.requires_grad)
-    buffers = {name: b.detach().clone() for name, b in evaluated.named_buffers()}
-    modes = {module: module.training for module in model.modules()}
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-
-    def term(batch: Any, seed: int) -> Term:
-        def at(values: Sequence[Tensor]) -> Tensor:
-            own = {name: b.clone() for name, b in buffers.items()}  # train-mode layers write into them
-            with _modes(modes), _seeded(seed, devices), sdpa_kernel(SDPBackend.MATH):  # the others lack Hessians
-                return functional_call(evaluated, {**own, **dict(zip(names, values, strict=True))}, (batch,))
-
-        return Term(at, float(weight(batch)))
-
-    with torch.random.fork_rng(devices=devices):  # a shuffling loader draws from the global generator
-        kept = list(batches)
-        seeds = torch.randint(2**62, (len(kept),)).tolist()
-    return (term(batch, seed) for batch, seed in zip(kept, seeds, strict=True))
+def _hessian_of(chunk: Chunk) -> Linear:
+    loss = chunk.loss()
+    with fast_matmul(), second_derivatives():
+        slopes = gradient_of(loss, chunk.leaves, create_graph=True)
+    return Linear(functools.partial(along, slopes, chunk.leaves), slopes)
 
 
-@contextlib.contextmanager
-def _modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
-    """Train or eval mode, module by module, for the length of the block."""
-    before = {module: module.training for module in modes}
-    try:
-        for module, training in modes.items():
-            module.training = training
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, devices: Sequence[int]) -> Iterator[None]:
-    """The global generators of the CPU and of the devices start from the seed, and go on after the block as before."""
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed devices that were not saved
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
-        yield
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from _tensors(part)
-    elif isinstance(batch, list | tuple):
-        for part in batch:
-            yield from _tensors(part)
+def _chosen(names: Sequence[str], where: Callable[[str], bool] | Collection[str]) -> list[int]:
+    """The places of the parameters that `where` holds."""
+    if callable(where):
+        chosen = [k for k, name in enumerate(names) if where(name)]
+    else:
+        given = {where} if isinstance(where, str) else set(where)
+        unknown = [w for w in given if not any(name == w or name.startswith(f"{w}.") for name in names)]
+        if unknown:
+            raise ValueError(f"where= holds names of parameters or of their modules, got {unknown} among {list(names)}")
+        chosen = [k for k, name in enumerate(names) if any(name == w or name.startswith(f"{w}.") for w in given)]
+    if not chosen:
+        raise ValueError(f"where= must hold at least one parameter, got none of {list(names)}")
+    return chosen

@@ -1,0 +1,294 @@
+"""Models of every kind as functions of their weights, against arithmetic; and what an evaluation must not touch."""
+
+import collections
+
+import pytest
+import torch
+from tests.objective.test_objective import assert_untouched, busy, dense_hessian, mean_cross_entropy, random, snapshot
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unstuck.critical import escape, examine
+from unstuck.curvature import dense, eigenpairs, empirical_fisher, fisher, gauss_newton, hessian, sampled_fisher
+from unstuck.objective import Objective, Recorder, Tape, Term, Vault
+
+EVALUATIONS = {
+    "value": lambda o: o.value(),
+    "gradient": lambda o: o.value_and_gradient(),
+    "product": lambda o: o.product(torch.ones(o.size, dtype=o.dtype)),
+    "elsewhere": lambda o: o.at(o.point + 1).product(o.point),
+    "block": lambda o: hessian(o, where=["layers.0"]) @ torch.ones(40, dtype=o.dtype),
+    "gauss_newton": lambda o: gauss_newton(o) @ o.point,
+    "fisher": lambda o: fisher(o) @ o.point,
+    "sampled_fisher": lambda o: sampled_fisher(o, 2) @ o.point,
+    "empirical_fisher": lambda o: empirical_fisher(o) @ o.point,
+    "eigenpairs": lambda o: eigenpairs(hessian(o), max_products=5, generator=torch.Generator().manual_seed(0)),
+    "examine": lambda o: examine(o),
+    "escape": lambda o: escape(o, along=eigenpairs(hessian(o), largest=0).vectors[0]),
+}
+drawing = {"sampled_fisher", "escape"}  # from the global generator, as they are given none
+
+
+def surroundings():
+    return torch.is_grad_enabled(), torch.get_float32_matmul_precision(), torch.backends.mkldnn.matmul.fp32_precision
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_every_evaluation_leaves_the_model_bit_for_bit(name):
+    model, batches = busy()
+    before, around, data = snapshot(model), surroundings(), [[t.clone() for t in batch] for batch in batches]
+    EVALUATIONS[name](Objective(model, mean_cross_entropy, batches))
+    if name in drawing:
+        torch.set_rng_state(before[3])
+    assert_untouched(model, before)
+    assert surroundings() == around
+    assert all(torch.equal(a, b) for new, old in zip(batches, data, strict=True) for a, b in zip(new, old, strict=True))
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_so_does_one_that_breaks_off(name, error):
+    model, batches = busy()
+    countdown = 3
+
+    def breaking(model, batch):
+        nonlocal countdown
+        countdown -= 1
+        loss = mean_cross_entropy(model.train(), batch)
+        if countdown < 0:
+            model.eval()
+            torch.rand(3)
+            raise error
+        return loss
+
+    before, around = snapshot(model), surroundings()
+    objective = Objective(model, breaking, batches)
+    try:
+        EVALUATIONS[name](objective)
+        EVALUATIONS[name](Objective(model, breaking, batches))
+    except error:
+        pass
+    else:
+        raise AssertionError("it was to break off")
+    if name in drawing:
+        torch.set_rng_state(before[3])
+    assert_untouched(model, before)
+    assert surroundings() == around
+
+
+def test_an_objective_stays_where_it_was_built_when_the_model_moves_on():
+    model, batches = busy()
+    model.layers[0].requires_grad_(False)  # a frozen layer is copied too
+    objective, v = Objective(model, mean_cross_entropy, batches), random(27 + 16)
+    before = objective.value(), objective.gradient(), objective.product(v), gauss_newton(objective) @ v
+    model.requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    mean_cross_entropy(model.eval(), batches[0]).backward()
+    optimizer.step()
+    for p in model.parameters():
+        p.data.mul_(2)  # unseen by autograd's counters
+    model.layers[1].running_mean.add_(1)
+    after = objective.value(), objective.gradient(), objective.product(v), gauss_newton(objective) @ v
+    anew = objective.at(objective.point)
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(old, new)
+    assert torch.equal(anew.product(v), before[2])
+    assert not torch.equal(Objective(model, mean_cross_entropy, batches).value(), before[0])
+
+
+def test_a_batch_that_is_written_into_is_noticed():
+    model, batches = busy()
+    objective = Objective(model, mean_cross_entropy, batches)
+    objective.value()
+    batches[1][0].add_(1)
+    for ask in (objective.value, objective.gradient, lambda: objective.product(objective.point)):
+        with pytest.raises(ValueError, match="batches as they were"):
+            ask()
+
+
+def closed_form_of_a_table(weights: Tensor, rows: Tensor) -> Tensor:
+    return weights[rows].pow(4).sum(2).mean()
+
+
+def test_sparse_gradients_become_dense_ones():
+    layer, rows = nn.Embedding(5, 2, sparse=True).double(), torch.tensor([[0, 1], [3, 1], [0, 0]])
+    objective = Objective(layer, lambda m, b: m(b).pow(4).sum(2).mean(), [rows])
+    point = objective.point.view(5, 2).requires_grad_()
+    loss = closed_form_of_a_table(point, rows)
+    torch.testing.assert_close(objective.value(), loss.detach())
+    torch.testing.assert_close(objective.gradient(), torch.autograd.grad(loss, point)[0].reshape(-1))
+    expected = torch.autograd.functional.hessian(lambda w: closed_form_of_a_table(w.view(5, 2), rows), objective.point)
+    torch.testing.assert_close(dense_hessian(objective), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.weight_norm])
+def test_weight_norm_has_its_true_second_derivatives(wrap):
+    model = wrap(nn.Linear(3, 2, bias=False).double())
+    x = random(4, 3)
+    objective = Objective(model, lambda m, b: m(b).pow(3).mean(), [x])
+
+    def by_hand(flat: Tensor) -> Tensor:
+        g, v = flat[:2, None], flat[2:].view(2, 3)
+        return (x @ (g * v / v.norm(dim=1, keepdim=True)).T).pow(3).mean()
+
+    # torch's own kernel is wrong here: it takes the norm for a constant
+    expected = torch.autograd.functional.hessian(by_hand, objective.point)
+    torch.testing.assert_close(dense_hessian(objective), expected)
+    torch.testing.assert_close(model(x), model(x))
+
+
+def test_batches_may_be_of_any_plain_make():
+    Pair = collections.namedtuple("Pair", "x y")
+    model = nn.Linear(3, 2).double()
+    x, y = random(5, 3), torch.arange(5) % 2
+    expected = Objective(model, mean_cross_entropy, [(x, y)])
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=2)
+    for loss, batches in [
+        (mean_cross_entropy, loader),
+        (mean_cross_entropy, (pair for pair in loader)),
+        (mean_cross_entropy, [Pair(x, y)]),
+        (lambda m, b: mean_cross_entropy(m, (b["inputs"], b["labels"])), [{"inputs": x, "labels": y}]),
+    ]:
+        objective = Objective(model, loss, batches)
+        torch.testing.assert_close(objective.value(), expected.value())
+        torch.testing.assert_close(dense(hessian(objective)), dense(hessian(expected)))
+
+
+class Returning(nn.Module):
+    """A model that returns its loss beside its outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(6, 4), nn.Linear(4, 6)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(torch.tanh(self.table(tokens)))
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def test_token_weights_make_ragged_batches_the_mean_over_all_tokens():
+    torch.manual_seed(0)
+    model = Returning().double()
+    tokens = torch.arange(20).view(4, 5) % 6
+    labels = torch.where(tokens > torch.tensor([[0], [4], [2], [3]]), tokens, -100)
+    whole = {"tokens": tokens, "labels": labels}
+    batches = [{key: part[rows] for key, part in whole.items()} for rows in (slice(0, 1), slice(1, 4))]
+
+    def own(model, batch):
+        return model(**batch)["loss"]
+
+    objective = Objective(model, own, batches, weight=lambda b: int((b["labels"] != -100).sum()))
+    expected = Objective(model, own, [whole])
+    assert objective.weight == int((labels != -100).sum())
+    v = random(objective.size)
+    torch.testing.assert_close(objective.value(), expected.value())
+    torch.testing.assert_close(objective.gradient(), expected.gradient())
+    torch.testing.assert_close(objective.product(v), expected.product(v))
+
+
+def tape_of(model: nn.Module, batch) -> Tape:
+    recorder = Recorder(list(model.parameters()))
+    with recorder:
+        loss = mean_cross_entropy(model, batch)
+        recorder.root([loss])
+    return recorder.finish(Vault())
+
+
+def test_tapes_are_terms():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    batches = [(random(n, 3, seed=n), torch.arange(n) % 2) for n in (7, 1)]
+    tapes = [tape_of(model, batch) for batch in batches]
+    terms = [Term(tape.replay, len(batch[0])) for tape, batch in zip(tapes, batches, strict=True)]
+    objective = Objective.of_terms(terms, dict(model.named_parameters()))
+    expected = Objective(model, mean_cross_entropy, batches)
+    torch.testing.assert_close(objective.gradient(), expected.gradient())
+    torch.testing.assert_close(dense(hessian(objective)), dense(hessian(expected)))
+    torch.testing.assert_close(dense(gauss_newton(objective)), dense(gauss_newton(expected)))
+
+
+def test_wrappers_for_compilation_are_taken_off():
+    model, batches = nn.Linear(3, 2).double(), [(random(5, 3), torch.arange(5) % 2)]
+    compiled = Objective(torch.compile(model, backend="eager"), mean_cross_entropy, batches)
+    assert compiled.names == ("weight", "bias")
+    torch.testing.assert_close(dense(hessian(compiled)), dense(hessian(Objective(model, mean_cross_entropy, batches))))
+
+
+def test_bfloat16_curvature_is_that_of_the_same_weights_to_its_eight_bits():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).bfloat16()
+    x, y = random(40, 6).bfloat16(), torch.arange(40) % 3
+    exact = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    exact.load_state_dict(model.state_dict())
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]).float(), batch[1])
+
+    rough = Objective(model, loss, [(x, y)])
+    fine = Objective(exact.double(), loss, [(x.double(), y)])
+    v = random(fine.size)
+    for ours, theirs in [
+        (rough.gradient(), fine.gradient()),
+        (rough.product(v.float()), fine.product(v)),
+        (gauss_newton(rough) @ v.float(), gauss_newton(fine) @ v),
+    ]:
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 8 * 2**-8 * theirs.norm()  # a few roundings in a row
+
+
+class OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        return 2 * ctx.saved_tensors[0] * slope
+
+
+def ctc(model, batch):
+    scores = model(batch)[:, None].log_softmax(2)
+    return F.ctc_loss(scores, torch.tensor([[1, 2]]), torch.tensor([5]), torch.tensor([2]))
+
+
+def bag(model, batch):
+    return F.embedding_bag(torch.tensor([[0, 1]]), model.weight, mode="sum", sparse=True).square().sum()
+
+
+@pytest.mark.parametrize("loss", [lambda m, b: OnceOnly.apply(m(b)).mean(), ctc, bag])
+def test_a_loss_without_second_derivatives_has_a_gradient_and_says_so(loss):
+    objective = Objective(nn.Linear(3, 4), loss, [torch.ones(5, 3)])
+    assert objective.gradient().isfinite().all()
+    with pytest.raises(ValueError, match="curvature needs second derivatives, got a loss that torch differentiates on"):
+        objective.product(objective.point)
+
+
+def test_a_loss_that_writes_into_the_weights_is_refused():
+    table = nn.Embedding(4, 2, max_norm=0.1)
+    objective = Objective(table, lambda m, b: m(b).sum(), [torch.tensor([0, 1])])
+    with pytest.raises(ValueError, match="leave the parameters alone"):
+        objective.value()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 4), (6, 3, 2, 2)])
+def test_batch_norm_by_running_statistics_is_the_layers_own(shape, affine):
+    kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+    norm = kinds[len(shape)](3, affine=affine).double()
+    norm(random(*shape, seed=9))  # statistics that are not 0 and 1
+    model = nn.Sequential(norm.eval(), nn.Flatten(), nn.Linear(int(torch.tensor(shape[1:]).prod()), 2).double())
+    if affine:
+        nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(3))
+    batch = random(*shape), torch.arange(6) % 2
+    objective = Objective(model, mean_cross_entropy, [batch])
+
+    def plain(flat: Tensor) -> Tensor:  # torch's layer
+        pieces = dict(zip(objective.names, objective.unflatten(flat), strict=True))
+        return F.cross_entropy(torch.func.functional_call(model, pieces, (batch[0],)), batch[1])
+
+    point = objective.point
+    torch.testing.assert_close(objective.value(), plain(point))
+    torch.testing.assert_close(objective.gradient(), torch.autograd.functional.jacobian(plain, point))
+    torch.testing.assert_close(dense_hessian(objective), torch.autograd.functional.hessian(plain, point))
