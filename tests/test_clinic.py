@@ -18,8 +18,6 @@ def test_the_cause_that_was_put_in_comes_first(program, run):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("program", "run", "seed"), cases((), (), 1))
-def test_the_whole_clinic(program, run, seed, pytestconfig):
-    if "slow" not in pytestconfig.option.markexpr:
-        pytest.skip("about fifteen minutes: -m slow")
+def test_the_whole_clinic(program, run, seed):
     cell = examine(program, run, seed)
     assert cell.right, cell

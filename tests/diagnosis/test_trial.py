@@ -115,9 +115,7 @@ def test_a_nudge_is_accepted_in_at_most_one_trial_of_twenty(tmp_path):
 
 
 @pytest.mark.slow
-def test_many_nudges_in_restless_states(tmp_path, pytestconfig):
-    if "slow" not in pytestconfig.option.markexpr:
-        pytest.skip("a minute: -m slow")
+def test_many_nudges_in_restless_states(tmp_path):
     restless = [
         lambda p: torch.optim.SGD(p, lr=1.0),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.99),
