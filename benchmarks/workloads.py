@@ -85,7 +85,10 @@ def workload(name: str) -> Workload:
     model = build(name)
     inputs, targets, rows = DATA[name]()
     batches = list(zip(inputs.split(rows), targets.split(rows), strict=True))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same weights on any number of processors
     train(model, name)
+    torch.set_num_threads(threads)
     return Workload(name, model.eval(), inputs, targets, batches)
 
 
