@@ -292,3 +292,34 @@ def test_batch_norm_by_running_statistics_is_the_layers_own(shape, affine):
     torch.testing.assert_close(objective.value(), plain(point))
     torch.testing.assert_close(objective.gradient(), torch.autograd.functional.jacobian(plain, point))
     torch.testing.assert_close(dense_hessian(objective), torch.autograd.functional.hessian(plain, point))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(4, 6), (8, 4)),
+        (nn.Conv1d(4, 6, 3, padding=1, bias=False), (8, 4, 5)),
+        (nn.Conv2d(4, 6, 3, stride=2, groups=2), (8, 4, 5, 5)),
+        (nn.Linear(4, 6), (8, 6, 4)),  # the channels of the norm are not the outputs of the layer
+        (nn.Sequential(nn.Conv1d(4, 6, 1), nn.ReLU(inplace=True)), (8, 4, 5)),
+        (nn.Sequential(nn.Conv1d(4, 6, 1), nn.Hardtanh(-0.1, 0.1)), (8, 4, 5)),
+    ],
+    ids=["linear", "conv1d", "conv2d", "many rows", "in place", "between"],
+)
+def test_batch_norm_after_a_layer_is_the_two_of_them(layer, shape):
+    norm = (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(6).double()
+    layer = layer.double()
+    norm(layer(random(*shape, seed=9)).detach())  # statistics that are not 0 and 1
+    model = nn.Sequential(layer, norm.eval(), nn.Tanh(), nn.Flatten(), nn.LazyLinear(2))
+    model.to(torch.float64)(random(*shape))
+    batch = random(*shape), torch.arange(8) % 2
+    objective = Objective(model, mean_cross_entropy, [batch])
+
+    def plain(flat: Tensor) -> Tensor:  # torch's layers
+        pieces = dict(zip(objective.names, objective.unflatten(flat), strict=True))
+        return F.cross_entropy(torch.func.functional_call(model, pieces, (batch[0],)), batch[1])
+
+    point = objective.point
+    assert objective.value() == plain(point)
+    torch.testing.assert_close(objective.gradient(), torch.autograd.functional.jacobian(plain, point))
+    torch.testing.assert_close(dense_hessian(objective), torch.autograd.functional.hessian(plain, point))

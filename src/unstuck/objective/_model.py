@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,17 +122,60 @@ class _Evaluated(nn.Module):
 class _TwiceDifferentiable(TorchFunctionMode):
     """Calls whose gradient torch differentiates not at all, wrongly or slowly are computed in another, equal way."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.latest: _Layer | None = None
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch._weight_norm:  # noqa: SLF001
             return _weight_norm(*args, **kwargs)
-        if func is nn.functional.batch_norm and (affine := _affine(*args, **kwargs)) is not None:
-            return affine
         if func in (nn.functional.embedding, nn.functional.embedding_bag):
             kwargs["sparse"] = False
-        return func(*args, **kwargs)
+        if func is nn.functional.batch_norm and torch.is_grad_enabled():
+            affine = _affine(*args, **kwargs)
+            if affine is not None:
+                return self._scaled(args[0] if args else kwargs["input"], *affine)
+        result = func(*args, **kwargs)
+        if func in _LINEAR and torch.is_grad_enabled():
+            self.latest = _Layer(result, result._version, func, args, kwargs)
+        return result
+
+    def _scaled(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """scale·x + shift for each channel; where a layer has just computed x its weights are scaled instead."""
+        layer, self.latest = self.latest, None
+        if layer is not None and layer.result is x and layer.version == x._version:
+            folded = layer.scaled(scale, shift)
+            if folded is not None:
+                return folded
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        return torch.addcmul(shift.view(shape), x, scale.view(shape))
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A call of a layer that is linear in its weights, one row of them a channel, and what it returned."""
+
+    result: Tensor
+    version: int
+    function: Callable[..., Tensor]
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Tensor | None:
+        """What the layer returns with scaled weights; None where channels are not its second dimension."""
+        given = dict(zip(("input", "weight", "bias"), self.args, strict=False)) | self.kwargs
+        x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        if weight.ndim != self.result.ndim:  # one example without a batch dimension, or many
+            return None
+        weight = weight * scale.view(-1, *[1] * (weight.ndim - 1))
+        bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+        return self.function(x, weight, bias, *self.args[3:], **given)
+
+
+_LINEAR = (nn.functional.linear, nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -147,14 +191,12 @@ def _affine(  # noqa: PLR0913, the arguments of batch_norm
     training: bool = False,  # noqa: FBT001, FBT002, as torch has it
     momentum: float = 0.1,
     eps: float = 1e-5,
-) -> Tensor | None:
-    """Batch norm by running statistics as the affine map it is; the second derivatives of torch's are slow."""
+) -> tuple[Tensor, Tensor] | None:
+    """The scale and the shift that batch norm by running statistics is; the second derivatives of torch's are slow."""
     if training or mean is None or variance is None or x.dtype != mean.dtype:
         return None
     scale = (variance + eps).rsqrt() * (1 if weight is None else weight)
-    shift = (0 if bias is None else bias) - mean * scale
-    shape = (1, -1, *[1] * (x.ndim - 2))
-    return torch.addcmul(shift.view(shape), x, scale.view(shape))
+    return scale, (0 if bias is None else bias) - mean * scale
 
 
 @contextlib.contextmanager
