@@ -22,7 +22,7 @@ def spectrum_of(
     values, vectors = values.to(H.dtype), vectors.T.to(H.dtype)
     scale = float(values.abs().max())
     rounding = torch.full_like(values, 100 * torch.finfo(H.dtype).eps * scale)  # as in eigenpairs
-    return Eigenpairs(values, vectors, rounding, rounding, scale, converged=True, products=H.size)
+    return Eigenpairs(values, vectors, rounding, rounding, scale, missed=0.0, converged=True, products=H.size)
 
 
 def zero_width(spectrum: Eigenpairs) -> float:

@@ -1,7 +1,6 @@
 """Both ends of a spectrum from one Lanczos run."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,8 @@ from unstuck.curvature._krylov import Krylov, Ritz
 from unstuck.curvature._operator import Operator
 
 _RANDOM_PART = 0.3  # of a warm start, beside the unit vector that is known
+_SHARE = _RANDOM_PART / math.hypot(1, _RANDOM_PART)
+_MISSED = 0.1  # wanted eigenvalues that may be expected to be hidden still
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,8 @@ class Eigenpairs:
     residuals: Tensor  # (k,), ‖A v − λ v‖
     errors: Tensor  # (k,), the estimated distance of each value to the eigenvalue in its place
     scale: float  # the largest |λ| seen
-    converged: bool  # whether every error is within the tolerance
+    missed: float  # how many of the wanted eigenvalues the random start is expected to have hidden
+    converged: bool  # whether every error is within the tolerance, and `missed` small enough
     products: int
 
     def __str__(self) -> str:
@@ -46,17 +48,21 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
     """The `largest` and `smallest` eigenvalues of A (by sign, not magnitude) with vectors; all, where these meet.
 
     Lanczos from a random start with full reorthogonalisation stops when three estimates of the error of each wanted
-    value are within tol · max|λ|: twice min(r, r²/gap), with r its residual and gap its distance to the other Ritz
-    values (Parlett 1998, 11.7.1); what its last moves leave to come, as a geometric series; and how far it would move
-    if the tridiagonal matrix went on as it did of late. An eigenvalue that has not shown at all, because the start held
-    next to nothing of its vector, deceives all three. So `errors`, the largest of them, are careful estimates, not
-    bounds; half the tolerance is the least, for neighbours that look like one. Within `residuals` there is certainly an
-    eigenvalue, wanted or not. Both contain the rounding of the products, taken as 100 ulp of the largest |λ|.
+    value are within tol · max|λ|: half of min(r, r²/gap), with r its residual and gap the distance to the other Ritz
+    values less both residuals (Parlett 1998, 11.7.1); what its last moves leave to come, as a geometric series; and how
+    far it would move if the tridiagonal matrix went on as it did of late. `errors`, the largest of them and at least
+    that tolerance, are careful estimates, not bounds; within `residuals` there is certainly an eigenvalue, wanted
+    or not. Both contain the rounding of the products, taken as 100 ulp of the largest |λ|.
+
+    An eigenvalue does not show while the start holds next to nothing of its vector. How little that must be follows
+    from the products; how probable it is, from the start's randomness. `missed` adds this up over the places where a
+    wanted eigenvalue might be, as many of them to a length as were found; it must fall to 0.1, too.
 
     The basis takes one vector a product, up to `memory` bytes; then it is compressed to the Ritz vectors nearest to the
     two ends (thick restart, Wu and Simon 2000), which costs products but no accuracy. `start` warms the search up with
     vectors of a nearby operator, one a row. It saves products, but part of the proof as well: an eigenvalue that has
-    grown out of other vectors may be passed over, although a random part is added. So start cold now and then.
+    grown out of other vectors may be passed over, although a random part is added. So start cold now and then. Neither
+    a compressed nor a warm run waits for `missed` to fall.
 
     An eigenvalue of multiplicity m is found m times if the Krylov space closes, as in small or low-rank problems. If it
     does not, the copies appear late, when rounding has let them in.
@@ -80,7 +86,7 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
     krylov = Krylov(
         A, rows=_rows(A, pairs, max_products, memory), start=_warm(A, start, generator), generator=generator
     )
-    settled = _Settled(krylov, tol, lambda count: [*range(smallest), *range(count - largest, count)])
+    settled = _Settled(krylov, tol, largest, smallest, 1.0 if start is None else _SHARE)
     while True:
         krylov.grow()
         last = krylov.products == max_products or len(krylov) == A.size
@@ -100,6 +106,7 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
         residuals=ritz.residuals[wanted].to(A.device, A.dtype),
         errors=errors.to(A.device, A.dtype),
         scale=ritz.scale,
+        missed=settled.missed,
         converged=done,
         products=krylov.products,
     )
@@ -108,13 +115,19 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
 class _Settled:
     """Whether the wanted pairs are as good as they will be taken for; called once for each look at the spectrum."""
 
-    def __init__(self, krylov: Krylov, tol: float, wanted: Callable[[int], list[int]]) -> None:
+    def __init__(self, krylov: Krylov, tol: float, largest: int, smallest: int, share: float) -> None:
         self.krylov = krylov
         self.tol = tol
-        self.wanted = wanted
+        self.largest, self.smallest = largest, smallest
+        self.share = share  # of the start that is random
         self.values: Tensor | None = None  # at the look before
         self.moves: Tensor | None = None  # since the look before that
         self.ahead = math.inf
+        self.missed = math.inf
+
+    def wanted(self, count: int) -> list[int]:
+        """The places of the wanted among `count` ascending values."""
+        return [*range(self.smallest), *range(count - self.largest, count)]
 
     def __call__(self, ritz: Ritz) -> tuple[Tensor, bool]:
         """The errors of the wanted pairs, and whether to stop."""
@@ -122,15 +135,32 @@ class _Settled:
         values, errors = ritz.values[wanted], ritz.errors[wanted]
         unit = self.tol * ritz.scale
         if self.krylov.closed:
+            self.missed = 0.0
             return errors, bool((errors <= unit).all())
         longer = self.krylov.ahead()
         drift = (longer[self.wanted(len(longer))] - values).abs()
         left = self._left(values)
         before, self.ahead = self.ahead, float(drift.max())
-        careful = torch.maximum(torch.maximum(2 * errors, drift), left).clamp(min=unit / 2)
-        # a value that was about to leap a step ago has leapt only just
-        good = float(torch.maximum(2 * errors, left).max()) <= unit and self.ahead <= unit and before <= 10 * unit
-        return careful, good
+        careful = torch.maximum(torch.maximum(errors / 2, drift), left).clamp(min=unit)
+        self.missed = min(self.missed, self._expected(ritz, unit))
+        seen = self.missed <= _MISSED or self.share < 1 or self.krylov.kept > 0
+        # a value that was about to leap far a step ago has leapt only just
+        return careful, float(careful.max()) <= unit and before <= 40 * unit and seen
+
+    def _expected(self, ritz: Ritz, unit: float) -> float:
+        """How many wanted eigenvalues may still be hidden beyond the innermost that was found at each end."""
+        expected = 0.0
+        for count, sign in ((self.largest, 1), (self.smallest, -1)):
+            if not count:
+                continue
+            values = (sign * ritz.values).sort(descending=True).values
+            inner, beyond = float(values[count - 1]), float(values[0] - values[min(count, len(values) - 1)])
+            steps = unit * 2.0 ** torch.arange(40, dtype=torch.float64)
+            steps = steps[steps < float(values[0]) - inner + beyond + 2 * unit]
+            odds = self.krylov.hidden(ritz, sign * (inner + steps)) / self.share
+            area = float(torch.trapezoid(odds, steps)) if len(steps) > 1 else unit * float(odds.sum())
+            expected += area * count / max(beyond, unit)
+        return expected
 
     def _left(self, values: Tensor) -> Tensor:
         """What the moves of the wanted values leave to come, if they fall off as the last two did."""

@@ -16,6 +16,7 @@ class Ritz:
 
     values: Tensor  # (j,), ascending
     vectors: Tensor  # (j, j), one a column, in coordinates of the basis
+    links: Tensor  # (j,), what couples each to the next vector of the basis: its residual with a sign
     residuals: Tensor  # (j,)
     errors: Tensor  # (j,)
     scale: float
@@ -44,6 +45,7 @@ class Krylov:
         self.products = 0
         self.magnitude = 0.0  # the largest entry of T
         self.next = self._random() if start is None else start / float(A.dot(start, start)) ** 0.5
+        self.start = torch.ones(1, dtype=torch.float64)  # (j,), the first vector of the newest block in the basis
 
     def __len__(self) -> int:
         return len(self.links)
@@ -63,6 +65,7 @@ class Krylov:
         if self.closed:
             self.block = len(self)
             self.next = self._random()
+            self.start = torch.nn.functional.one_hot(torch.tensor(self.block)).double()
         count = len(self)
         self.basis[count] = self.next
         self.matrix[count, :count] = self.matrix[:count, count] = self.links
@@ -76,6 +79,7 @@ class Krylov:
             )
         self.matrix[count, count] = diagonal
         self.links = torch.zeros(count + 1, dtype=torch.float64)
+        self.start = torch.nn.functional.pad(self.start, (0, count + 1 - len(self.start)))
         rest, norm = self._orthogonal(product)
         self.magnitude = max(self.magnitude, abs(diagonal))
         if norm <= self.rounding * self.magnitude or len(self) == self.A.size:
@@ -90,7 +94,7 @@ class Krylov:
         self.basis[: len(kept)] = self.combine(coordinates)
         self.matrix.zero_()
         self.matrix[range(len(kept)), range(len(kept))] = ritz.values[kept]
-        self.links = self.links @ coordinates
+        self.links, self.start = self.links @ coordinates, self.start @ coordinates
         self.block, self.kept = 0, len(kept)
 
     def combine(self, coordinates: Tensor) -> Tensor:
@@ -104,13 +108,28 @@ class Krylov:
         """
         count = len(self)
         values, vectors = torch.linalg.eigh(self.matrix[first:count, first:count])
-        residuals = (self.links[first:] @ vectors).abs()
+        links = self.links[first:] @ vectors
+        residuals = links.abs()
         gaps = (values[:, None] - values).abs() - residuals[:, None] - residuals
         gap = gaps.fill_diagonal_(math.inf).amin(1) if len(values) > 1 else torch.zeros_like(values)
         errors = residuals * (residuals / gap.clamp(min=torch.finfo(gap.dtype).tiny)).clamp(max=1)
         scale = float(values.abs().max())
         rounding = self.rounding * scale
-        return Ritz(values, vectors, residuals + rounding, errors + rounding, scale)
+        return Ritz(values, vectors, links, residuals + rounding, errors + rounding, scale)
+
+    def hidden(self, ritz: Ritz, points: Tensor) -> Tensor:
+        """The odds that a random start hides an eigenvalue at each of the points: (p,) -> (p,), up to 1.
+
+        Let y be an eigenvector of A with eigenvalue μ, in coordinates of the basis, and η its part along the next
+        vector. Then T y + η·links = μ y and ‖y‖² + η² ≤ 1, which bounds the part ⟨start, y⟩ that the start may have in
+        it: in a tridiagonal T by Christoffel's function (Szegő 1975, 3.4). In a random start of n entries that part is
+        normally distributed with variance 1/n.
+        """
+        gaps = ritz.values - points[:, None]
+        known = gaps.abs().amin(1) > self.rounding * ritz.scale  # at a Ritz value itself there may well be another
+        parts = ritz.links / gaps.where(known[:, None], 1.0)
+        bound = (parts @ (self.start @ ritz.vectors)).abs() / (1 + parts.square().sum(1)).sqrt()
+        return torch.erf(bound * math.sqrt(self.A.size / 2)).where(known, 1.0)
 
     def ahead(self, steps: int = 12) -> Tensor:
         """The eigenvalues of T continued with the mean of its last three rows: where Ritz values would go next.
