@@ -126,7 +126,7 @@ def examine(
     """
     import torch
 
-    import unstuck
+    from unstuck.critical import examine
     from unstuck.report import point_table
 
     _check_json(json_out)
@@ -134,9 +134,7 @@ def examine(
     with _loaded(task) as objective:
         generator = torch.Generator(objective.device).manual_seed(seed)
         with _bar(console, "the gradient") as progress:
-            point = unstuck.examine(
-                objective, tol=tol, max_products=max_products, generator=generator, progress=progress
-            )
+            point = examine(objective, tol=tol, max_products=max_products, generator=generator, progress=progress)
     console.print(point_table(point, title=task))
     if json_out is not None:
         _write_json(point, json_out)
@@ -231,8 +229,11 @@ def _loaded(task: str) -> Iterator["Objective"]:
     """
     file, _, name = task.rpartition(":") if ":" in task and not Path(task).is_file() else (task, "", "")
     path = Path(file)
-    loader = SourceFileLoader(path.stem, str(path))
-    spec = importlib.util.spec_from_file_location(path.stem, path, loader=loader)
+    title = path.stem
+    while title in sys.modules:  # a file may be called json.py
+        title = f"_{title}"
+    loader = SourceFileLoader(title, str(path))
+    spec = importlib.util.spec_from_file_location(title, path, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     try:
@@ -241,9 +242,9 @@ def _loaded(task: str) -> Iterator["Objective"]:
         raise ValueError(f"a Python file was needed, but {path} cannot be read: {error.strerror}") from None
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"a Python file was needed, but {path} does not compile: {error}") from None
-    was = sys.path[:], sys.modules.get(module.__name__)
+    was = sys.path[:]
     sys.path.insert(0, str(path.resolve().parent))
-    sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
+    sys.modules[title] = module  # where dataclasses and pickle look for it
     try:
         with contextlib.redirect_stdout(sys.stderr):
             exec(code, module.__dict__)
@@ -253,11 +254,8 @@ def _loaded(task: str) -> Iterator["Objective"]:
     except Exception as error:
         raise _explained(error, str(path)) from None
     finally:
-        sys.path[:] = was[0]
-        if was[1] is None:
-            del sys.modules[module.__name__]
-        else:
-            sys.modules[module.__name__] = was[1]
+        sys.path[:] = was
+        sys.modules.pop(title, None)
 
 
 def _objective(module: ModuleType, path: Path, name: str) -> "Objective":
@@ -287,7 +285,9 @@ def _objective(module: ModuleType, path: Path, name: str) -> "Objective":
 def _explained(error: Exception, path: str) -> Exception:
     """What to raise for an error in the user's code or in ours; a traceback of the former is printed."""
     trace = error.__traceback__
-    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(trace)]
+    # torch calls ours between the user's code and its own, which may be C and leave no frame
+    frames = [f.f_code for f, _ in traceback.walk_tb(trace) if f.f_code.co_name != "__torch_function__"]
+    files = [code.co_filename for code in frames]
     ours = files[-1].startswith(str(Path(__file__).parent))
     if ours and (isinstance(error, ValueError) or (path not in files and isinstance(error, RuntimeError | TypeError))):
         return ValueError(str(error))

@@ -51,8 +51,13 @@ def _slope(point: CriticalPoint) -> list[Row]:
     return [
         ("loss", words.figures(point.loss), "", "the mean over all batches"),
         ("gradient norm", words.figures(point.gradient_norm), error, said),
-        ("promise", _percent(point.promise), "", f"what the best step takes off the loss; critical: up to {_percent(point.promise_limit)}"),
-        ("reach", _percent(point.reach), "", "how long it is, of the weights' length; critical: up to 0.001 %"),
+        (
+            "promise",
+            _percent(point.promise),
+            "",
+            f"what the best step takes off the loss; critical ≤ {_percent(point.promise_limit)}",
+        ),
+        ("reach", _percent(point.reach), "", "its length over that of θ; critical ≤ 0.001 %"),
     ]
 
 
@@ -72,7 +77,7 @@ def _signs(point: CriticalPoint) -> list[Row]:
         ("flat", f"{point.flat:,}", "", f"of these: |λ| ≤ {words.rough(point.zero)}, or ≤ its error"),
     ]
     if positive is not None:
-        error = "" if point.complete else f"± {words.rough(100 * positive.error)} %"
+        error = "" if point.complete else f"± {words.figures(float(f'{100 * positive.error:.2g}'))} %"
         rows.append(("positive", _percent(positive.estimate), error, "of all eigenvalues"))
     return rows
 
