@@ -127,13 +127,19 @@ def test_the_picture_of_the_report_is_small_enough_to_load():
 
 
 @pytest.fixture(scope="module")
-def examined(tmp_path_factory) -> tuple[str, dict[str, Any]]:
-    """What `unstuck examine` prints of the file in the page on curvature, and its JSON."""
+def task(tmp_path_factory) -> Path:
+    """A folder with the file that the page on curvature looks at."""
     folder = tmp_path_factory.mktemp("examine")
     file = next(code for code in blocks(CURVATURE, "python") if code.startswith("# task.py\n"))
     (folder / "task.py").write_text(file, encoding="utf-8")
-    printed = printed_by(folder, "examine", "task.py:objective", "--json", "point.json")
-    return printed, json.loads((folder / "point.json").read_text(encoding="utf-8"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examined(task) -> tuple[str, dict[str, Any]]:
+    """What `unstuck examine` prints of that file, and its JSON."""
+    printed = printed_by(task, "examine", "task.py:objective", "--json", "point.json")
+    return printed, json.loads((task / "point.json").read_text(encoding="utf-8"))
 
 
 def test_the_screen_on_the_page_is_what_examine_prints(examined):
@@ -141,6 +147,21 @@ def test_the_screen_on_the_page_is_what_examine_prints(examined):
     number = r"[−-]?\d[\d.,e×⁻⁰¹²³⁴⁵⁶⁷⁸⁹-]*"  # a sign or a power of ten may depend on the machine
     printed, shown = (re.sub(number, "#", " ".join(text.split())) for text in (examined[0], screen))
     assert printed == shown
+
+
+@pytest.mark.slow
+def test_two_processes_tell_what_one_tells(task, examined):
+    (code,) = blocks(CURVATURE, "py")
+    (task / "curvature.py").write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "curvature.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, cwd=task, env=environment, capture_output=True, check=True)
+    ends = r"go from (\S+) ± (\S+) to (\S+) ± (\S+):"
+    two, one = (re.search(ends, text) for text in (done.stdout.decode(), examined[1]["words"]))
+    assert two is not None and one is not None
+    small, small_error, large, large_error = map(float, one.groups())
+    assert float(two[1]) == pytest.approx(small, abs=2 * small_error)
+    assert float(two[3]) == pytest.approx(large, abs=2 * large_error + 1e-4 * large)
 
 
 # Faults and words
@@ -235,5 +256,8 @@ def test_the_time_and_memory_in_the_readme_are_the_measured_ones():
     assert said in " ".join(README.split()), f"the README must say: {said}"
 
 
-def test_the_names_of_the_package_are_the_ones_that_the_readme_uses():
-    assert set(re.findall(r"unstuck\.(\w+)\(", README)) <= set(unstuck.__all__)
+def test_the_names_on_the_pages_can_be_imported_from_the_package():
+    used = set(re.findall(r"unstuck\.(\w+)\(", README + CURVATURE))
+    operators = set(re.findall(r"^\| `(\w+)\(", CURVATURE, flags=re.M))
+    assert len(operators) == 6
+    assert used | operators <= set(unstuck.__all__)

@@ -140,7 +140,7 @@ def examine(  # noqa: PLR0913 each with a default that is right most of the time
     of the largest counts as zero. Where some are zero and the others of one sign, the loss is followed along the flat
     directions: a minimum with flat directions is one that it does not fall below there, to the widths that were tried.
     Cost: two gradients, and as many Hessian products as there are weights, or as Lanczos and the quadrature need.
-    `progress(text, share)` is told before each product how many there were, of the most that there may be.
+    `progress(text, share)` is told before each product what share of the most that there may be is done.
     """
     loss, gradient = objective.value_and_gradient()
     if not (loss.isfinite() and gradient.isfinite().all()):
@@ -189,14 +189,14 @@ def examine(  # noqa: PLR0913 each with a default that is right most of the time
 
 
 def _telling(H: Operator, progress: Progress | None, text: str, *, before: int, most: int) -> Operator:
-    """H, whose products tell how many came before them."""
+    """H, whose products tell how many came before them, as a share of `most`."""
     if progress is None:
         return H
     done = before
 
     def matvec(v: Tensor) -> Tensor:
         nonlocal done
-        progress(f"{text}, {done} products", done / most)
+        progress(f"{text}, product {done + 1}", done / most)
         done += 1
         return H @ v
 

@@ -45,7 +45,7 @@ def _table(point: CriticalPoint) -> Table:
 def _slope(point: CriticalPoint) -> list[Row]:
     noise = point.noise
     error = "" if noise is None else f"± {words.rough(noise.stderr)}"
-    said = "sampling error unknown: there is one batch"
+    said = "one batch: its sampling error is unknown"
     if noise is not None:
         said = f"sampling error over {noise.batches:,} batches"
     return [
@@ -99,7 +99,7 @@ def _rates(point: CriticalPoint) -> list[Row]:
 
 def _convergence(point: CriticalPoint) -> Text:
     if point.converged:
-        return Text("Hessian products; the eigenvalues have converged")
+        return Text("Hessian products; converged")
     return Text("NOT converged: allow more products", "bold red")
 
 
