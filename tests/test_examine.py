@@ -254,8 +254,8 @@ def test_the_model_and_the_process_are_left_as_they_were():
 
 
 def test_a_file_may_have_the_name_of_a_module_that_is_in_use():
-    write("json.py", POINT)
-    code, stdout, _ = command("examine", "json.py", "--json")
+    write("torch.py", POINT)
+    code, stdout, _ = command("examine", "torch.py", "--json")
     assert (code, strictly(stdout)["kind"]) == (0, "saddle")
 
 
@@ -336,6 +336,15 @@ def test_an_error_in_the_file_shows_its_own_traceback(name, culprit):
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[1].lstrip().startswith('File "task.py"')
     assert culprit in stderr
+
+
+def test_an_error_beside_the_file_shows_its_traceback_from_there_on():
+    write("helper.py", POINT + "    broken = at(lambda w: (w @ torch.ones(5)).mean(), 1., 1.)\n")
+    write("task.py", "from helper import broken")
+    code, stdout, stderr = command("examine", "task.py:broken")
+    assert (code, stdout) == (2, "")
+    assert re.match(r'Traceback.*\n  File ".*helper\.py", line \d+, in', stderr)
+    assert "torch.ones(5)" in stderr
 
 
 @pytest.mark.parametrize("name", ["slow", "objective"])

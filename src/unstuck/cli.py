@@ -252,7 +252,7 @@ def _loaded(task: str) -> Iterator["Objective"]:
     except SystemExit as stop:
         raise ValueError(f"an objective was needed, but {path} called sys.exit({stop.code!r})") from None
     except Exception as error:
-        raise _explained(error, str(path)) from None
+        raise _explained(error, path) from None
     finally:
         sys.path[:] = was
         sys.modules.pop(title, None)
@@ -282,18 +282,18 @@ def _objective(module: ModuleType, path: Path, name: str) -> "Objective":
     return found
 
 
-def _explained(error: Exception, path: str) -> Exception:
+def _explained(error: Exception, path: Path) -> Exception:
     """What to raise for an error in the user's code or in ours; a traceback of the former is printed."""
     trace = error.__traceback__
+    files = [(f.f_code.co_name, Path(f.f_code.co_filename).resolve()) for f, _ in traceback.walk_tb(trace)]
+    beside = [file.parent == path.resolve().parent for _, file in files]  # the user's file, or one that it imports
     # torch calls ours between the user's code and its own, which may be C and leave no frame
-    frames = [f.f_code for f, _ in traceback.walk_tb(trace) if f.f_code.co_name != "__torch_function__"]
-    files = [code.co_filename for code in frames]
-    ours = files[-1].startswith(str(Path(__file__).parent))
-    if ours and (isinstance(error, ValueError) or (path not in files and isinstance(error, RuntimeError | TypeError))):
+    innermost = [file for name, file in files if name != "__torch_function__"][-1]
+    ours = innermost.is_relative_to(Path(__file__).resolve().parent)
+    if ours and (isinstance(error, ValueError) or (isinstance(error, RuntimeError | TypeError) and not any(beside))):
         return ValueError(str(error))
-    if path in files:
-        for _ in range(files.index(path)):
-            trace = trace.tb_next if trace else None
+    for _ in range(beside.index(True) if any(beside) else 0):
+        trace = trace.tb_next if trace else None
     sys.excepthook(type(error), error.with_traceback(trace), trace)
     return typer.Exit(CANNOT)
 
