@@ -1,9 +1,11 @@
 """Processes of their own for the tests: forks of this one, so that torch is not imported once more for each."""
 
+import json
 import os
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 
 import unstuck
 import unstuck.report
+from unstuck import cli
 
 
 @dataclass
@@ -94,3 +97,42 @@ def _warm():
         w = torch.zeros(1, requires_grad=True)
         torch.optim.SGD([w], lr=0.1).step()
     assert unstuck.report
+
+
+def start(*args):
+    """A process that runs `unstuck ARGS`."""
+
+    def work():
+        sys.argv = ["unstuck", *map(str, args)]
+        cli.main()
+
+    return fork(work)
+
+
+def command(*args):
+    """The exit status, stdout and stderr of `unstuck ARGS`."""
+    running = start(*args)
+    return running.wait(), running.stdout, running.stderr
+
+
+def write(name, text):
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def one_sentence(stderr):
+    """What a user reads when something is wrong with what he gave."""
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("unstuck: ")
+    assert "Traceback" not in stderr
+    return lines[0]
+
+
+def strictly(text):
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)

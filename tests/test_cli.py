@@ -6,15 +6,13 @@ import runpy
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
-from tests.processes import fork
+from tests.processes import command, fork, one_sentence, start, strictly, write
 
 import unstuck.demo
-from unstuck import cli
 from unstuck.diagnosis import HYPOTHESES
 from unstuck.record import Run
 
@@ -38,41 +36,9 @@ def step(clear=True):
 """
 
 
-def start(*args):
-    """A process that runs `unstuck ARGS`."""
-
-    def work():
-        sys.argv = ["unstuck", *map(str, args)]
-        cli.main()
-
-    return fork(work)
-
-
-def command(*args):
-    """The exit status, stdout and stderr of `unstuck ARGS`."""
-    running = start(*args)
-    return running.wait(), running.stdout, running.stderr
-
-
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def write(name, text):
-    path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(textwrap.dedent(text))
-    return path
-
-
-def one_sentence(stderr):
-    """What a user reads when something is wrong with what he gave."""
-    lines = stderr.strip().splitlines()
-    assert len(lines) == 1, stderr
-    assert lines[0].startswith("unstuck: ")
-    assert "Traceback" not in stderr
-    return lines[0]
 
 
 # The status
@@ -258,13 +224,6 @@ def test_the_programs_of_the_clinic_print_what_they_print_unwatched(program):
 
 
 # The JSON
-
-
-def strictly(text):
-    def refuse(word):
-        raise AssertionError(f"{word} is no JSON")
-
-    return json.loads(text, parse_constant=refuse)
 
 
 def number(x):

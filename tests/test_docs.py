@@ -20,6 +20,7 @@ from unstuck.diagnosis._exact import EXACT
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CURVATURE = (ROOT / "docs/curvature.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODES = {*EXACT, *(h.code for h in HYPOTHESES)}
 RIVALS = {h.code for h in HYPOTHESES} & {"noise-floor", "plateau", "poor-minimum"}
@@ -79,17 +80,23 @@ def test_links_lead_somewhere(page):
 # The demonstration and its screen
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory) -> tuple[str, dict[str, Any]]:
-    """What `unstuck demo` prints, and its diagnosis."""
-    folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-c", "from unstuck.cli import main; main()", "demo"]
+def printed_by(folder: Path, *args: str) -> str:
+    """What `unstuck ARGS` prints on a terminal of 96 columns."""
+    command = [sys.executable, "-c", "from unstuck.cli import main; main()", *args]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "96", "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True
     )
+    return done.stdout.decode()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[str, dict[str, Any]]:
+    """What `unstuck demo` prints, and its diagnosis."""
+    folder = tmp_path_factory.mktemp("demo")
+    printed = printed_by(folder, "demo")
     diagnosis = next(folder.glob("unstuck-runs/*/diagnosis.json"))
-    return done.stdout.decode(), json.loads(diagnosis.read_text(encoding="utf-8"))
+    return printed, json.loads(diagnosis.read_text(encoding="utf-8"))
 
 
 def without_numbers(text: str) -> str:
@@ -114,6 +121,47 @@ def test_the_screen_in_the_readme_is_what_the_demo_prints(demo):
 def test_the_picture_of_the_report_is_small_enough_to_load():
     assert (ROOT / "docs/report.png").read_bytes().startswith(b"\x89PNG")
     assert (ROOT / "docs/report.png").stat().st_size <= 300_000
+
+
+# A point and its screen
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> Path:
+    """A folder with the file that the page on curvature looks at."""
+    folder = tmp_path_factory.mktemp("examine")
+    file = next(code for code in blocks(CURVATURE, "python") if code.startswith("# task.py\n"))
+    (folder / "task.py").write_text(file, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def examined(task) -> tuple[str, dict[str, Any]]:
+    """What `unstuck examine` prints of that file, and its JSON."""
+    printed = printed_by(task, "examine", "task.py:objective", "--json", "point.json")
+    return printed, json.loads((task / "point.json").read_text(encoding="utf-8"))
+
+
+def test_the_screen_on_the_page_is_what_examine_prints(examined):
+    (screen,) = blocks(CURVATURE, "text")
+    number = r"[−-]?\d[\d.,e×⁻⁰¹²³⁴⁵⁶⁷⁸⁹-]*"  # a sign or a power of ten may depend on the machine
+    printed, shown = (re.sub(number, "#", " ".join(text.split())) for text in (examined[0], screen))
+    assert printed == shown
+
+
+@pytest.mark.slow
+def test_two_processes_tell_what_one_tells(task, examined):
+    (code,) = blocks(CURVATURE, "py")
+    (task / "curvature.py").write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "curvature.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, cwd=task, env=environment, capture_output=True, check=True)
+    ends = r"go from (\S+) ± (\S+) to (\S+) ± (\S+):"
+    two, one = (re.search(ends, text) for text in (done.stdout.decode(), examined[1]["words"]))
+    assert two is not None and one is not None
+    small, small_error, large, large_error = map(float, one.groups())
+    assert float(two[1]) == pytest.approx(small, abs=2 * small_error)
+    assert float(two[3]) == pytest.approx(large, abs=2 * large_error + 1e-4 * large)
 
 
 # Faults and words
@@ -142,27 +190,42 @@ def paths(value: Any, at: str = "") -> set[tuple[str, str]]:
     return {(at, kinds[type(value)])}
 
 
-def documented() -> dict[str, set[str]]:
-    text = (ROOT / "docs/diagnosis-json.md").read_text(encoding="utf-8")
+def documented(page: str) -> dict[str, set[str]]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([\w.\[\]]+)` \| ([a-z ]+) \|", text, flags=re.M)
     return {path: set(kinds.split(" or ")) for path, kinds in rows}
+
+
+def check_fields(found: set[tuple[str, str]], page: str) -> None:
+    """Every field that was written is documented with its type, and every documented one was written."""
+    wanted = documented(page)
+    assert {path for path, _ in found} == wanted.keys()
+    for path, kind in found:
+        assert kind in wanted[path] or (kind == "integer" and "number" in wanted[path]), path
 
 
 def test_the_fields_of_a_diagnosis_are_the_documented_ones(demo):
     (example,) = blocks((ROOT / "docs/diagnosis-json.md").read_text(encoding="utf-8"), "json")
     proved, exact = demo[1], json.loads(example)
     assert Diagnosis.from_json(exact).to_json() == exact
-    found = paths(proved) | paths(exact)
-    assert {path for path, _ in found} == documented().keys()
-    for path, kind in found:
-        wanted = documented()[path]
-        assert kind in wanted or (kind == "integer" and "number" in wanted), path
+    check_fields(paths(proved) | paths(exact), "diagnosis-json.md")
+
+
+def test_the_fields_of_a_point_are_the_documented_ones(examined):
+    w = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2))})
+    flat = unstuck.Objective(w, lambda model, batch: (1 - model["w"].prod()) ** 2, [torch.zeros(1)])
+    steep = unstuck.Objective(w, lambda model, batch: -model["w"].square().sum(), [torch.zeros(1)])
+    found = [unstuck.examine(objective).to_json() for objective in (flat, steep)]
+    found.append(unstuck.examine(flat, dense_up_to=0, samples=0).to_json())
+    check_fields(set().union(paths(examined[1]), *map(paths, found)), "curvature.md")
 
 
 def test_a_number_that_is_not_finite_is_a_string_where_the_page_says_so():
     read = Diagnosis("train.py", 3, float("nan"), float("inf"), (), ())
     assert (read.to_json()["seconds"], read.to_json()["overhead"]["share"]) == ("nan", "inf")
-    assert "string" in documented()["seconds"] and "string" in documented()["overhead.share"]
+    assert {"seconds", "overhead.share"} <= {
+        path for path, kinds in documented("diagnosis-json.md").items() if "string" in kinds
+    }
 
 
 # Figures that scripts have measured
@@ -193,5 +256,8 @@ def test_the_time_and_memory_in_the_readme_are_the_measured_ones():
     assert said in " ".join(README.split()), f"the README must say: {said}"
 
 
-def test_the_names_of_the_package_are_the_ones_that_the_readme_uses():
-    assert set(re.findall(r"unstuck\.(\w+)\(", README)) <= set(unstuck.__all__)
+def test_the_names_on_the_pages_can_be_imported_from_the_package():
+    used = set(re.findall(r"unstuck\.(\w+)\(", README + CURVATURE))
+    operators = set(re.findall(r"^\| `(\w+)\(", CURVATURE, flags=re.M))
+    assert len(operators) == 6
+    assert used | operators <= set(unstuck.__all__)

@@ -1,11 +1,16 @@
 """The command: each subcommand parses, calls one public function and prints. Verdicts go to stderr, data to stdout."""
 
 import contextlib
+import importlib.util
+import inspect
 import io
 import json
 import sys
+import traceback
 from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
+    from unstuck.critical import CriticalPoint
     from unstuck.diagnosis import Diagnosis
+    from unstuck.objective import Objective
     from unstuck.record import Run
 
 app = typer.Typer(
@@ -25,7 +32,7 @@ app = typer.Typer(
 )
 PASS_ON = {"allow_interspersed_args": False, "ignore_unknown_options": True}
 CANNOT = 2  # exit status: bad input, or nothing could be told
-JsonOut = Annotated[str | None, typer.Option("--json", metavar="OUT", help="Write the diagnosis as JSON; - is stdout.")]
+JsonOut = Annotated[str | None, typer.Option("--json", metavar="OUT", help="Write the result as JSON; - is stdout.")]
 
 
 @app.command(context_settings=PASS_ON)
@@ -44,8 +51,7 @@ def run(
     from unstuck.diagnosis import diagnose
     from unstuck.record import run_script
 
-    if json_out not in (None, "-") and not Path(json_out).parent.is_dir():
-        raise ValueError(f"--json needs a file in a folder that exists, got {json_out}")
+    _check_json(json_out)
     done = run_script(script, args or [], folder=out, budget=budget)
     console = _console()
     if done.run is None:
@@ -106,6 +112,35 @@ def report(
 
 
 @app.command()
+def examine(
+    task: Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="A Python file and a name in it.")],
+    json_out: JsonOut = None,
+    tol: Annotated[float, typer.Option(help="Error of the two ends, relative to the larger.")] = 1e-3,
+    max_products: Annotated[int, typer.Option(help="The most Hessian products for the two ends.")] = 300,
+    seed: Annotated[int, typer.Option(help="Of the random vectors that the estimates start from.")] = 0,
+) -> None:
+    """Tells what kind of point the weights stand at: saddle, minimum or none, the spectrum's ends, the rate limit.
+
+    FILE:NAME is an unstuck.Objective, or a function without arguments that returns one; NAME is `objective` where it
+    is left out. Exit status: 0 told, 2 cannot.
+    """
+    import torch
+
+    from unstuck.critical import examine
+    from unstuck.report import point_table
+
+    _check_json(json_out)
+    console = _console()
+    with _loaded(task) as objective:
+        generator = torch.Generator(objective.device).manual_seed(seed)
+        with _bar(console, "the gradient") as progress:
+            point = examine(objective, tol=tol, max_products=max_products, generator=generator, progress=progress)
+    console.print(point_table(point, title=task))
+    if json_out is not None:
+        _write_json(point, json_out)
+
+
+@app.command()
 def demo(
     fault: Annotated[str, typer.Argument(help="Which fault to show; `healthy` has none.")] = "lr-bounces",
     names: Annotated[bool, typer.Option("--list", help="List the faults and leave.")] = False,
@@ -154,7 +189,7 @@ def _is_fault(result: "Diagnosis") -> bool:
 def _diagnosed(recorded: "Run", console: Console) -> "Diagnosis":
     from unstuck.diagnosis import diagnose, dumps
 
-    with _bar(console) as progress:
+    with _bar(console, "reading the run") as progress:
         result = diagnose(recorded, progress=progress)
     try:
         (recorded.folder / DIAGNOSIS).write_text(dumps(result.to_json()), encoding="utf-8")
@@ -171,7 +206,12 @@ def _write_report(result: "Diagnosis", recorded: "Run", out: Path | None) -> Pat
     return place
 
 
-def _write_json(result: "Diagnosis", out: str) -> None:
+def _check_json(out: str | None) -> None:
+    if out not in (None, "-") and not Path(out).parent.is_dir():
+        raise ValueError(f"--json needs a file in a folder that exists, got {out}")
+
+
+def _write_json(result: "Diagnosis | CriticalPoint", out: str) -> None:
     from unstuck.diagnosis import dumps
 
     text = dumps(result.to_json())
@@ -182,11 +222,88 @@ def _write_json(result: "Diagnosis", out: str) -> None:
 
 
 @contextlib.contextmanager
-def _bar(console: Console) -> Iterator:
+def _loaded(task: str) -> Iterator["Objective"]:
+    """The objective that `FILE:NAME` stands for; what is printed meanwhile goes to stderr.
+
+    An error of ours is one sentence; one of the user's code is shown as a traceback from that code on.
+    """
+    file, _, name = task.rpartition(":") if ":" in task and not Path(task).is_file() else (task, "", "")
+    path = Path(file)
+    title = path.stem
+    while title in sys.modules:  # a file may be called json.py
+        title = f"_{title}"
+    loader = SourceFileLoader(title, str(path))
+    spec = importlib.util.spec_from_file_location(title, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)  # without leaving a __pycache__
+    except OSError as error:
+        raise ValueError(f"a Python file was needed, but {path} cannot be read: {error.strerror}") from None
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"a Python file was needed, but {path} does not compile: {error}") from None
+    was = sys.path[:]
+    sys.path.insert(0, str(path.resolve().parent))
+    sys.modules[title] = module  # where dataclasses and pickle look for it
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            exec(code, module.__dict__)
+            yield _objective(module, path, name or "objective")
+    except SystemExit as stop:
+        raise ValueError(f"an objective was needed, but {path} called sys.exit({stop.code!r})") from None
+    except Exception as error:
+        raise _explained(error, path) from None
+    finally:
+        sys.path[:] = was
+        sys.modules.pop(title, None)
+
+
+def _objective(module: ModuleType, path: Path, name: str) -> "Objective":
+    from unstuck.objective import Objective
+
+    if not hasattr(module, name):
+        known = [key for key, value in vars(module).items() if isinstance(value, Objective)]
+        hint = f"it has {', '.join(known)}" if known else "build an unstuck.Objective under this name"
+        raise ValueError(f"{path} needs an attribute {name!r}, got none: {hint}")
+    found, what = getattr(module, name), name
+    if inspect.isroutine(found):
+        try:
+            inspect.signature(found).bind()
+        except TypeError:
+            raise ValueError(
+                f"{name} needs to be a function without arguments, got {name}{inspect.signature(found)}"
+            ) from None
+        found, what = found(), f"{name}()"
+    if not isinstance(found, Objective):
+        kind = type(found).__name__
+        raise ValueError(
+            f"{what} in {path} needs to be an unstuck.Objective, or a function that returns one, got {kind}"
+        )
+    return found
+
+
+def _explained(error: Exception, path: Path) -> Exception:
+    """What to raise for an error in the user's code or in ours; a traceback of the former is printed."""
+    trace = error.__traceback__
+    files = [(f.f_code.co_name, Path(f.f_code.co_filename).resolve()) for f, _ in traceback.walk_tb(trace)]
+    beside = [file.parent == path.resolve().parent for _, file in files]  # the user's file, or one that it imports
+    # torch calls ours between the user's code and its own, which may be C and leave no frame
+    innermost = [file for name, file in files if name != "__torch_function__"][-1]
+    ours = innermost.is_relative_to(Path(__file__).resolve().parent)
+    if ours and (isinstance(error, ValueError) or (isinstance(error, RuntimeError | TypeError) and not any(beside))):
+        return ValueError(str(error))
+    for _ in range(beside.index(True) if any(beside) else 0):
+        trace = trace.tb_next if trace else None
+    sys.excepthook(type(error), error.with_traceback(trace), trace)
+    return typer.Exit(CANNOT)
+
+
+@contextlib.contextmanager
+def _bar(console: Console, text: str) -> Iterator:
     """A progress bar on a terminal, nothing in a pipe."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading the run", total=1.0)
+        task = bar.add_task(text, total=1.0)
         yield lambda text, share: bar.update(task, description=text, completed=share)
 
 
@@ -207,8 +324,8 @@ def _console() -> Console:
 
 
 def _with_json_default(argv: list[str]) -> list[str]:
-    """`diagnose RUN --json` without a place means stdout."""
-    if argv[:1] != ["diagnose"]:
+    """`diagnose RUN --json` and `examine TASK --json` without a place mean stdout."""
+    if argv[:1] not in (["diagnose"], ["examine"]):
         return argv
     done: list[str] = []
     for k, word in enumerate(argv):

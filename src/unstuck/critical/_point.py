@@ -1,11 +1,14 @@
 """What gradient and curvature tell of the point where the weights stand."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unstuck.critical._json import plain_values
 from unstuck.critical._noise import Noise, gradient_noise
 from unstuck.critical._spectrum import signs, spectrum_of, zero_width
 from unstuck.critical._words import told
@@ -13,6 +16,9 @@ from unstuck.curvature import Eigenpairs, Operator, Share, density, hessian
 from unstuck.objective import Objective
 
 _NEAR = 1e-5  # of ‖θ‖: a best step as short as this leads nowhere
+_STEPS = 30  # products of one run of the quadrature
+
+Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +91,10 @@ class CriticalPoint:
             raise ValueError(f"momentum lies between 0 and 1, got {momentum}")
         return 2 * (1 + momentum) / self.largest if self.largest > self.zero else math.inf
 
+    def to_json(self) -> dict[str, Any]:
+        """The point as strict JSON values, without `direction`: version 1, laid down in docs/curvature.md."""
+        return plain_values(self)
+
     def __str__(self) -> str:
         return told(self)
 
@@ -115,6 +125,7 @@ def examine(  # noqa: PLR0913 each with a default that is right most of the time
     max_products: int = 300,
     samples: int = 2,
     generator: torch.Generator | None = None,
+    progress: Progress | None = None,
 ) -> CriticalPoint:
     """What kind of point the weights stand at, with the numbers that show it.
 
@@ -129,6 +140,7 @@ def examine(  # noqa: PLR0913 each with a default that is right most of the time
     of the largest counts as zero. Where some are zero and the others of one sign, the loss is followed along the flat
     directions: a minimum with flat directions is one that it does not fall below there, to the widths that were tried.
     Cost: two gradients, and as many Hessian products as there are weights, or as Lanczos and the quadrature need.
+    `progress(text, share)` is told before each product what share of the most that there may be is done.
     """
     loss, gradient = objective.value_and_gradient()
     if not (loss.isfinite() and gradient.isfinite().all()):
@@ -137,7 +149,10 @@ def examine(  # noqa: PLR0913 each with a default that is right most of the time
             f"{gradient.norm().item():.4g}: look for the overflow first"
         )
     H = hessian(objective)
-    spectrum = spectrum_of(H, tol=tol, dense_up_to=dense_up_to, max_products=max_products, generator=generator)
+    quadrature = _STEPS * max(2, samples) if samples and objective.size > dense_up_to else 0
+    first = objective.size if objective.size <= dense_up_to else max_products
+    watched = _telling(H, progress, "spectrum", before=0, most=first + quadrature)
+    spectrum = spectrum_of(watched, tol=tol, dense_up_to=dense_up_to, max_products=max_products, generator=generator)
     zero = zero_width(spectrum)
     complete = len(spectrum.values) == objective.size
     norm = gradient.norm().item()
@@ -149,7 +164,9 @@ def examine(  # noqa: PLR0913 each with a default that is right most of the time
         kind = "gradient-flat" if flatness <= 1e-3 else "not critical"
     elif kind == "degenerate" and complete:
         kind = _by_walking(objective, spectrum, zero, generator)
-    positive = _positive(H, spectrum, zero, samples, generator)
+    before = spectrum.products
+    watched = _telling(H, progress, "share of positive eigenvalues", before=before, most=before + quadrature)
+    positive = _positive(watched, spectrum, zero, samples, generator)
     return CriticalPoint(
         kind=kind,
         loss=loss.item(),
@@ -169,6 +186,21 @@ def examine(  # noqa: PLR0913 each with a default that is right most of the time
         direction=spectrum.vectors[0],
         products=spectrum.products + (norm > 0) + positive[1],
     )
+
+
+def _telling(H: Operator, progress: Progress | None, text: str, *, before: int, most: int) -> Operator:
+    """H, whose products tell how many came before them, as a share of `most`."""
+    if progress is None:
+        return H
+    done = before
+
+    def matvec(v: Tensor) -> Tensor:
+        nonlocal done
+        progress(f"{text}, product {done + 1}", done / most)
+        done += 1
+        return H @ v
+
+    return replace(H, matvec=matvec)
 
 
 def _along_gradient(H: Operator, gradient: Tensor, scale: float, zero: float) -> tuple[float, float, float]:
@@ -212,7 +244,7 @@ def _positive(
         return Share(count / H.size, 0.0, 0.0), 0
     if not samples:
         return None, 0
-    found = density(H, samples=max(2, samples), generator=generator)
+    found = density(H, steps=_STEPS, samples=max(2, samples), generator=generator)
     return found.above(zero), found.products
 
 

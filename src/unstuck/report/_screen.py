@@ -21,7 +21,7 @@ from unstuck.report import _words as words
 _BADGE = {PROVED: "bold reverse red", SHOWN: "bold reverse blue", SUSPECT: "bold magenta", CANNOT_TELL: "bold dim"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _NAME = 26  # columns for a name
-_WIDEST = 104  # longer lines are hard to read
+WIDEST = 104  # longer lines are hard to read
 
 
 def screen(diagnosis: Diagnosis) -> RenderableType:
@@ -30,7 +30,7 @@ def screen(diagnosis: Diagnosis) -> RenderableType:
     parts += [_finding(f) for f in diagnosis.findings]
     if diagnosis.not_checked:
         parts.append(_not_checked(diagnosis))
-    return Constrain(Group(*parts), _WIDEST)
+    return Constrain(Group(*parts), WIDEST)
 
 
 def _quiet(diagnosis: Diagnosis) -> RenderableType:
@@ -65,7 +65,8 @@ def _finding(finding: Finding) -> RenderableType:
     return Padding(Group(head, Padding(Group(*body), (0, 0, 0, 1))), (1, 0, 0, 0))
 
 
-def _table(*headings: str) -> Table:
+def table_of(*headings: str) -> Table:
+    """An empty table, the first column for names."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     table.add_column(Text(headings[0], "bold not dim"), overflow="fold", max_width=_NAME)
     for heading in headings[1:]:
@@ -82,7 +83,7 @@ def firm(table: Table, *columns: int) -> Table:
 
 
 def _evidence(finding: Finding) -> Table:
-    table = _table("Evidence", "value", "interval", "n", "what it means")
+    table = table_of("Evidence", "value", "interval", "n", "what it means")
     for column in (1, 3):
         table.columns[column].justify = "right"
     for e in finding.evidence:
@@ -98,14 +99,14 @@ def _evidence(finding: Finding) -> Table:
 
 
 def _rivals(finding: Finding) -> Table:
-    table = _table("Ruled out", "because")
+    table = table_of("Ruled out", "because")
     for r in finding.ruled_out:
         table.add_row(Text(words.printable(r.code)), Text(words.printable(r.because)))
     return table
 
 
 def _trial(trial: Trial) -> Table:
-    table = _table("Trial", "loss", "ends", "interval, %", "")
+    table = table_of("Trial", "loss", "ends", "interval, %", "")
     finite = sorted(x for arm in trial.arms for x in arm.curve if math.isfinite(x)) or [0.0]
     low, high = finite[len(finite) // 50], finite[-1 - len(finite) // 50]  # one wild batch must not flatten the rest
     for arm in trial.arms:

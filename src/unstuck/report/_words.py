@@ -8,28 +8,40 @@ from unstuck.diagnosis import Arm, Diagnosis, Evidence, Finding, Trial
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def figures(x: float) -> str:
-    """The number to three figures, as one writes it by hand: 0.41, 12,300, 2.1×10⁻⁵."""
+def figures(x: float, digits: int = 3) -> str:
+    """The number to three figures or more, as one writes it by hand: 0.41, 12,300, 2.1×10⁻⁵."""
     if math.isnan(x):
         return "NaN"
     if math.isinf(x):
         return "∞" if x > 0 else "−∞"
-    size = abs(float(f"{x:.3g}"))
+    size = abs(float(f"{x:.{digits}g}"))
     if size == 0 or 1e-3 <= size < 1000:
-        text = f"{x:.3g}"
+        text = f"{x:.{digits}g}"
     elif 1000 <= size < 1e6:
-        text = f"{float(f'{x:.3g}'):,.0f}"
+        text = f"{float(f'{x:.{digits}g}'):,.{max(0, digits - len(str(int(size))))}f}"
     else:
-        text = power(x)
+        text = power(x, digits)
     return "0" if text == "-0" else text.replace("-", "−")
 
 
-def power(x: float) -> str:
-    """The number to three figures with a power of ten: 2.1×10⁻⁵, 10⁶."""
-    mantissa, exponent = f"{x:.2e}".split("e")
+def power(x: float, digits: int = 3) -> str:
+    """The number with a power of ten: 2.1×10⁻⁵, 10⁶."""
+    mantissa, exponent = f"{x:.{digits - 1}e}".split("e")
     ten = f"10{str(int(exponent)).translate(_SUPERSCRIPT)}"
     text = {1.0: ten, -1.0: f"-{ten}"}.get(float(mantissa), f"{float(mantissa):g}×{ten}")
     return text.replace("-", "−")
+
+
+def measured(x: float, error: float) -> str:
+    """The number to the figure that its error reaches, between three and six of them."""
+    if not (0 < error < math.inf and 0 < abs(x) < math.inf):
+        return figures(x)
+    return figures(x, min(max(math.floor(math.log10(abs(x))) - math.floor(math.log10(error)) + 1, 3), 6))
+
+
+def rough(x: float) -> str:
+    """An error to one figure."""
+    return figures(float(f"{x:.1g}"))
 
 
 def interval(evidence: Evidence) -> str:
@@ -38,7 +50,7 @@ def interval(evidence: Evidence) -> str:
         return ""
     low, high = figures(evidence.low), figures(evidence.high)
     if low == high:
-        return f"± {figures(float(f'{max(evidence.high - evidence.value, evidence.value - evidence.low):.1g}'))}"
+        return f"± {rough(max(evidence.high - evidence.value, evidence.value - evidence.low))}"
     return f"[{low}, {high}]"
 
 
