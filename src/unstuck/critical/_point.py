@@ -11,7 +11,7 @@ from torch import Tensor
 from unstuck.critical._json import plain_values
 from unstuck.critical._noise import Noise, gradient_noise
 from unstuck.critical._spectrum import signs, spectrum_of, zero_width
-from unstuck.critical._words import told
+from unstuck.critical._words import gist, told
 from unstuck.curvature import Eigenpairs, Operator, Share, density, hessian
 from unstuck.objective import Objective
 
@@ -94,6 +94,11 @@ class CriticalPoint:
     def to_json(self) -> dict[str, Any]:
         """The point as strict JSON values, without `direction`: version 1, laid down in docs/curvature.md."""
         return plain_values(self)
+
+    @property
+    def gist(self) -> str:
+        """What the point is and what follows from it, without the numbers that show it."""
+        return gist(self)
 
     def __str__(self) -> str:
         return told(self)

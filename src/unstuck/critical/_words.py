@@ -20,11 +20,19 @@ def told(point: CriticalPoint) -> str:
     return " ".join(filter(None, [_meaning(point), _slope(point), _curvature(point), _advice(point)]))
 
 
+def gist(point: CriticalPoint) -> str:
+    """What the point is and what follows, without the numbers that show it."""
+    return " ".join(filter(None, [_meaning(point), _advice(point)]))
+
+
 def _meaning(point: CriticalPoint) -> str:
+    if point.kind == "not critical" and point.within_noise:
+        return (
+            f"Critical within noise, at a loss of {point.loss:.6g}: the gradient is not zero on these batches, but no "
+            "larger than its sampling error explains, so on others it might be."
+        )
     if point.kind == "not critical":
-        what = f"Not a critical point: the gradient is still large, at a loss of {point.loss:.6g}."
-        noise = " On other batches it might be zero: it is no larger than its sampling error explains."
-        return what + noise * point.within_noise
+        return f"Not a critical point: the gradient is still large, at a loss of {point.loss:.6g}."
     if point.kind == "gradient-flat":
         return (
             f"Not a critical point but a gradient-flat one, at a loss of {point.loss:.6g}: along the gradient there is "
@@ -65,5 +73,5 @@ def _curvature(point: CriticalPoint) -> str:
 def _advice(point: CriticalPoint) -> str:
     limit = point.rate_limit()
     rate = f"Gradient descent needs a rate below {limit:.4g}." if limit < math.inf else ""
-    way = f"A way out leads along the eigenvalue {point.smallest:.4g}." if point.negative else ""
+    way = f"A way out leads along the eigenvalue {point.smallest:.4g}." if point.kind == "saddle" else ""
     return " ".join(filter(None, [rate, way]))

@@ -29,7 +29,7 @@ def point_table(point: CriticalPoint, *, title: str = "") -> RenderableType:
     badge = Text(f" {point.name} ", _BADGE.get(point.kind, "bold reverse"), no_wrap=True)
     head.add_row(badge, Text(about.strip(), "dim", overflow="fold"))
     roomy, tight = firm(_table(point), 0, 1, 2), firm(_table(point), 1, 2)
-    told = Text(words.printable(str(point)), overflow="fold")
+    told = Text(words.printable(point.gist), overflow="fold")
     return Constrain(Group(head, Padding(Group("", Fitting(roomy, tight), "", told), (0, 0, 0, 1))), WIDEST)
 
 
