@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unstuck.curvature._likelihood import LIKELIHOODS, Prediction, prediction
-from unstuck.curvature._operator import Operator, Where, operator_of
+from unstuck.curvature._operator import Operator, Where, draws, operator_of
 from unstuck.curvature._outputs import LOSSES, SOFTENED, Cut, Function, cut_at
 from unstuck.objective import Chunk, Linear, Objective, along, gradient_of, second_derivatives
 
@@ -57,12 +57,14 @@ def sampled_fisher(
 ) -> Operator:
     """The Fisher information with its expectation replaced by the mean over `samples` outcomes for each prediction.
 
-    Unbiased over the outcomes, which are drawn once: each product sees the same. `fisher` is exact and costs no more;
+    Unbiased over the outcomes, which are drawn once: each product sees the same, and so does each call without a
+    generator. `fisher` is exact and costs no more;
     this one has the factors s that approximations are built from.
     """
     if samples < 1:
         raise ValueError(f"a sampled Fisher information needs at least one sample, got samples={samples}")
-    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else "cpu"))
+    generator = draws(generator, "cpu")
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
 
     def metric(loss: Tensor, cuts: Sequence[Cut], index: int) -> Callable[[Tangents], Tangents]:
         predictions = _predictions(loss, cuts)

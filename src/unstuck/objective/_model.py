@@ -2,9 +2,11 @@
 
 import contextlib
 import itertools
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -69,7 +71,7 @@ def batch_terms(
 
         return Term(at, float(weight(batch)), None if mixing else parts)
 
-    with torch.random.fork_rng(devices=devices):  # a shuffling loader draws from the global generator
+    with _apart(devices):  # a shuffling loader draws from a global generator, and an augmentation from any
         kept = list(batches)
         seeds = torch.randint(2**62, (len(kept),)).tolist()
     return (term(batch, seed) for batch, seed in zip(kept, seeds, strict=True))
@@ -172,12 +174,26 @@ def _modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int, devices: Sequence[int]) -> Iterator[None]:
-    """The global generators of the CPU and of the devices start from the seed, and go on after the block as before."""
-    with torch.random.fork_rng(devices=devices):
+    """The global generators start from the seed, and go on after the block as before: Python's, NumPy's and torch's."""
+    with _apart(devices):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002, the global one
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed devices that were not saved
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def _apart(devices: Sequence[int]) -> Iterator[None]:
+    """The global generators go on after the block as before it."""
+    ours, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)  # noqa: NPY002
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
