@@ -21,8 +21,9 @@ def test_an_objective_stays_where_it_was_built_when_the_model_moves_on():
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     mean_cross_entropy(model.eval(), batches[0]).backward()
     optimizer.step()
-    for p in model.parameters():
+    for p in model.parameters():  # the first weight and the last bias among them
         p.data.mul_(2)  # unseen by autograd's counters
+    model.load_state_dict({name: t + 1 for name, t in model.state_dict().items()})
     model.layers[1].running_mean.add_(1)
     after = objective.value(), objective.gradient(), objective.product(v), gauss_newton(objective) @ v
     anew = objective.at(objective.point)
@@ -32,11 +33,13 @@ def test_an_objective_stays_where_it_was_built_when_the_model_moves_on():
     assert not torch.equal(Objective(model, mean_cross_entropy, batches).value(), before[0])
 
 
-def test_a_batch_that_is_written_into_is_noticed():
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("before", ["value", "point", "product"])
+def test_a_batch_that_is_written_into_is_noticed(before, part):
     model, batches = busy()
     objective = Objective(model, mean_cross_entropy, batches)
-    objective.value()
-    batches[1][0].add_(1)
+    objective.product(objective.point) if before == "product" else getattr(objective, before)
+    batches[1][part].copy_(batches[1][part].flip(0))
     for ask in (objective.value, objective.gradient, lambda: objective.product(objective.point)):
         with pytest.raises(ValueError, match="batches as they were"):
             ask()
@@ -201,11 +204,29 @@ def test_a_loss_without_second_derivatives_has_a_gradient_and_says_so(loss):
         objective.product(objective.point)
 
 
-def test_a_loss_that_writes_into_the_weights_is_refused():
-    table = nn.Embedding(4, 2, max_norm=0.1)
-    objective = Objective(table, lambda m, b: m(b).sum(), [torch.tensor([0, 1])])
-    with pytest.raises(ValueError, match="leave the parameters alone"):
-        objective.value()
+def clipping(model, batch):
+    model.weight.data.clamp_(-0.1, 0.1)  # unseen by autograd's counters
+    return model(batch).square().sum()
+
+
+@pytest.mark.parametrize("loss", [lambda m, b: m(b).square().sum(), clipping])
+def test_a_loss_that_writes_into_the_weights_is_refused(loss):
+    table = nn.Embedding(4, 2, max_norm=None if loss is clipping else 0.1)
+    objective = Objective(table, loss, [torch.tensor([0, 1])])
+    for ask in 2 * (objective.value, objective.gradient, lambda: objective.product(objective.point)):
+        with pytest.raises(ValueError, match="leave the parameters alone"):
+            ask()
+
+
+def test_tensors_given_as_parameters_may_change_afterwards():
+    x = torch.full((3,), 2.0, requires_grad=True)
+    objective = Objective.of_terms([Term(lambda values: values[0].pow(3).sum(), 1)], {"x": x})
+    v = torch.arange(3.0)
+    objective.product(v)
+    with torch.no_grad():
+        x.zero_()
+    assert objective.value() == 24
+    assert objective.product(v).tolist() == (12 * v).tolist()
 
 
 @pytest.mark.parametrize("affine", [True, False])

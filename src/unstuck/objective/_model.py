@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from unstuck.objective._term import Term
+from unstuck.objective._term import WRITTEN_BATCH, Term
 
 
 def examples(batch: Any) -> int:
@@ -57,13 +58,10 @@ def batch_terms(
 
         def at(values: Sequence[Tensor]) -> Tensor:
             if any(t._version != version for t, version in versions):
-                raise ValueError(
-                    "an objective needs its batches as they were when it was built, got one that was written into: "
-                    "pass copies, or build the objective anew"
-                )
+                raise ValueError(WRITTEN_BATCH)
             own = {name: b.clone() for name, b in buffers.items()}  # train-mode layers write into them
             state = {**constants, **own, **dict(zip(names, values, strict=True))}
-            with _modes(modes), _seeded(seed, devices), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
+            with _evaluation(modes, seed, devices):
                 return functional_call(evaluated, state, (batch,))
 
         def parts(count: int) -> list[Term]:
@@ -157,6 +155,20 @@ def _affine(  # noqa: PLR0913, the arguments of batch_norm
     shift = (0 if bias is None else bias) - mean * scale
     shape = (1, -1, *[1] * (x.ndim - 2))
     return torch.addcmul(shift.view(shape), x, scale.view(shape))
+
+
+@contextlib.contextmanager
+def _evaluation(modes: Mapping[nn.Module, bool], seed: int, devices: Sequence[int]) -> Iterator[None]:
+    """All that makes a loss one function with two derivatives, for the length of the block."""
+    with _uncompiled(), _modes(modes), _seeded(seed, devices), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
+        yield
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """What torch.compile has made of parts of a model is left aside: it has no second derivatives."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager
