@@ -192,6 +192,11 @@ class Objective:
         """
         return functools.partial(self._apply, self._graphs(build))
 
+    def over_ranks(self, compute: Callable[[], float]) -> float:
+        """The sum of a number over all ranks; itself without a group."""
+        like = torch.zeros(1, dtype=torch.float64, device=self.device)
+        return _ranks.total(lambda: like + compute(), like, self._group).item()
+
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """A flat tensor cut into the shapes, types and devices of the parameters."""
         if flat.shape != (self.size,):
