@@ -136,7 +136,7 @@ def test_weights_on_disk_are_judged(tmp_path, capsys):
         verify(objective, path)
     for content in (Innocent(), None):
         torch.save(content, path) if content else path.write_bytes(b"not a file of weights")
-        with pytest.raises(ValueError, match="state dict that torch.save wrote is needed, got weights.pt"):
+        with pytest.raises(ValueError, match=r"state dict that torch\.save wrote is needed, got weights"):
             verify(objective, path)
     assert capsys.readouterr().out == ""
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -147,7 +147,7 @@ def test_safetensors_are_read_where_that_package_is(tmp_path):
     _, objective = regression()
     path = tmp_path / "weights.safetensors"
     if importlib.util.find_spec("safetensors") is None:
-        with pytest.raises(ValueError, match="package safetensors is needed for weights.safetensors"):
+        with pytest.raises(ValueError, match="package safetensors is needed for weights"):
             verify(objective, path)
         return
     weights = {"weight": torch.zeros(1, 2), "bias": torch.ones(1)}

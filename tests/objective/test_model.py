@@ -1,6 +1,7 @@
 """Models of every kind as functions of their weights, against arithmetic; and what an evaluation must not touch."""
 
 import collections
+import types
 
 import pytest
 import torch
@@ -124,6 +125,40 @@ def test_token_weights_make_ragged_batches_the_mean_over_all_tokens():
     torch.testing.assert_close(objective.value(), expected.value())
     torch.testing.assert_close(objective.gradient(), expected.gradient())
     torch.testing.assert_close(objective.product(v), expected.product(v))
+
+
+def test_models_that_answer_as_transformers_do_are_asked_as_they_are():
+    class Answering(Returning):
+        def forward(self, **batch):
+            return types.SimpleNamespace(**super().forward(**batch))
+
+    model = Answering().double()
+    tokens = torch.arange(20).view(4, 5) % 6
+    whole = {"tokens": tokens, "labels": (tokens + 1) % 6}
+    batches = [
+        collections.UserDict({key: part[rows] for key, part in whole.items()}) for rows in (slice(3), slice(3, 4))
+    ]
+    objective = Objective(model, lambda m, b: m(**b).loss, batches)
+    logits = model(**whole).logits.flatten(0, 1)
+    torch.testing.assert_close(objective.value(), F.cross_entropy(logits, whole["labels"].flatten()).detach())
+    single = Objective(model, lambda m, b: m(**b).loss, [whole])
+    v = random(objective.size)
+    torch.testing.assert_close(objective.product(v), single.product(v))
+    torch.testing.assert_close(gauss_newton(objective) @ v, gauss_newton(single) @ v)
+
+
+def test_a_forward_through_complex_numbers_has_the_curvature_of_its_closed_form():
+    model, x, y = nn.Linear(4, 4, bias=False).double(), random(6, 4), random(6, 4, seed=1)
+    objective = Objective(
+        model,
+        lambda m, b: torch.fft.fft(m(b[0]) - b[1]).abs().square().sum(1).mean(),
+        list(zip(x.split(5), y.split(5), strict=False)),
+    )
+    residual = x @ model.weight.detach().T - y  # the transform is √4 times a rotation: Parseval
+    torch.testing.assert_close(objective.value(), 4 * residual.square().sum(1).mean())
+    torch.testing.assert_close(objective.gradient(), (8 * residual.T @ x / 6).reshape(-1))
+    expected = torch.kron(torch.eye(4, dtype=torch.float64), 8 * x.T @ x / 6)
+    torch.testing.assert_close(dense_hessian(objective), expected)
 
 
 def tape_of(model: nn.Module, batch) -> Tape:

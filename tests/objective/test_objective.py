@@ -298,6 +298,14 @@ def test_bad_input_is_named():
     list(used)
     with pytest.raises(ValueError, match="got none: an iterator can be read only once"):
         Objective(model, mean_squared, used)
+    for model_of, kind in ((nn.LazyLinear(2), "lazy"), (nn.Linear(3, 1, dtype=torch.complex64), "complex")):
+        with pytest.raises(ValueError, match=f"real parameters with a shape, got a {kind} one, weight"):
+            Objective(model_of, mean_squared, [batch])
+    for ask in (lambda o: o.value(), lambda o: o.gradient(), lambda o: o.product(o.point)):
+        asked = Objective(model, lambda m, b: m(b).mean(), [batch])
+        with torch.inference_mode(), pytest.raises(ValueError, match="ask outside of it"):
+            ask(asked)
+        ask(asked)
     with pytest.raises(ValueError, match="pass weight="):
         Objective(model, mean_squared, ["text"])
     with pytest.raises(ValueError, match="their sum is positive"):

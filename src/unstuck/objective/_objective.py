@@ -19,6 +19,7 @@ from unstuck.objective._term import (
     WRITTEN_PARAMETERS,
     Term,
     along,
+    check_mode,
     gradient_of,
     second_derivatives,
 )
@@ -93,6 +94,7 @@ class Objective:
             raise ValueError(f"memory is a positive number of bytes, got {memory}")
         if not parameters:
             raise ValueError("an objective needs at least one parameter, got none")
+        _check_real(parameters)
         self.names = tuple(parameters)
         self.shapes = tuple(p.shape for p in parameters.values())
         self.size = sum(p.numel() for p in parameters.values())
@@ -220,6 +222,7 @@ class Objective:
 
     @functools.cached_property
     def _leaves(self) -> list[Tensor]:
+        check_mode()
         # clones, because a view into the flat vector may be misaligned and round differently from the model's own
         return [piece.clone().requires_grad_() for piece in self.unflatten(self._point)]
 
@@ -284,6 +287,16 @@ def _chunks(divided: Division, leaves: Sequence[Tensor], first: int) -> list[Chu
         return Chunk(term.at, leaves, term.weight, index)
 
     return [chunk(term, first + k) for k, term in enumerate(divided(leaves))]
+
+
+def _check_real(parameters: Mapping[str, Tensor]) -> None:
+    for name, p in parameters.items():
+        lazy = isinstance(p, nn.UninitializedParameter)
+        if lazy or p.is_complex():
+            raise ValueError(
+                f"an objective needs real parameters with a shape, got a {'lazy' if lazy else 'complex'} one, {name}: "
+                "run a lazy model once first, and hold complex numbers as torch.view_as_real() does"
+            )
 
 
 def _unwritten(apply: Callable[[Sequence[Tensor]], Sequence[Tensor]], directions: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -29,6 +29,7 @@ class Term:
 
     def at(self, leaves: Sequence[Tensor]) -> Tensor:
         """The loss, 0-d, if it is one."""
+        check_mode()
         versions = [leaf._version for leaf in leaves]
         loss = self.loss(leaves)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
@@ -38,6 +39,11 @@ class Term:
         if versions != [leaf._version for leaf in leaves]:
             raise ValueError(WRITTEN_PARAMETERS)
         return loss.reshape(())
+
+
+def check_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise ValueError("an objective needs graphs, got torch.inference_mode(): ask outside of it, or in no_grad()")
 
 
 def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
