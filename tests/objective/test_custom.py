@@ -178,9 +178,13 @@ def test_checkpoints_are_taken_but_for_the_reentrant_kind_which_hides_weights():
 
 
 def test_compiled_parts_of_a_model_are_computed_as_they_were_written():
+    def backend(graph, inputs):
+        raise AssertionError("what it makes has no second derivatives")
+
     model, batch = network(), (torch.randn(8, 4, dtype=torch.float64), torch.arange(8) % 3)
     expected = Objective(model, lambda m, b: F.cross_entropy(m(b[0]), b[1]), [batch])
-    parts = nn.Sequential(torch.compile(model[:4], backend="aot_eager"), model[4])
+    parts = nn.Sequential(torch.compile(model[:4], backend=backend), model[4])
     objective = Objective(parts, lambda m, b: F.cross_entropy(m(b[0]), b[1]), [batch])
     torch.testing.assert_close(dense(hessian(objective)), dense(hessian(expected)))
     torch.testing.assert_close(dense(gauss_newton(objective)), dense(gauss_newton(expected)))
+    torch._dynamo.reset()  # or the process would count as one that compiles
