@@ -103,6 +103,7 @@ def test_models_state_dicts_and_vectors_are_judged_alike():
         assert judged.point.kind == "minimum"
         assert judged.point.loss == 1
         assert judged.success is None
+    torch._dynamo.reset()  # or the process would count as one that compiles
     with pytest.raises(ValueError, match="got none for bias"):
         verify(objective, {"weight": model.weight})
     with pytest.raises(ValueError, match=r"got \(2, 1\) for weight"):
