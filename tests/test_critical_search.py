@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,7 @@ def test_what_scipy_calls_success_is_judged():
     well = verify(objective, scipy.optimize.minimize(f, np.array([0.5, 0.4]), jac=slope, tol=1e-12))
     assert well.point.kind == "minimum"
     assert well.holds
+    assert not replace(well, point=replace(well.point, converged=False)).holds
 
 
 def regression():

@@ -25,9 +25,9 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Whether the point is a minimum, and its loss the reported one."""
+        """Whether the point is a minimum by eigenvalues that have converged, and its loss the reported one."""
         agrees = self.loss is None or abs(self.loss - self.point.loss) <= 1e-3 * abs(self.point.loss) + 1e-12
-        return self.point.kind == "minimum" and agrees
+        return self.point.kind == "minimum" and self.point.converged and agrees
 
     def __str__(self) -> str:
         said = {True: "The optimiser reports success.", False: "The optimiser reports failure.", None: ""}[self.success]
