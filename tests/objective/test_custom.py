@@ -122,6 +122,20 @@ def test_one_that_hides_none_gives_the_curvature_of_the_same_function_of_torch(n
     torch.testing.assert_close(dense(gauss_newton(objective)), dense(gauss_newton(expected)))
 
 
+def test_the_proof_costs_two_losses_and_is_made_once():
+    own, calls = RIGHT["by its input"][0].apply, []
+
+    def loss(model, batch):
+        calls.append(1)
+        return own(model(batch)).square().mean()
+
+    objective = Objective(network(), loss, [torch.ones(2, 4, dtype=torch.float64)] * 5)
+    objective.value()
+    calls.clear()
+    objective.product(objective.point)
+    assert len(calls) == 5 + 2
+
+
 def test_a_matrix_product_of_ones_own_passes():
     def backward(ctx, slope):
         x, w = ctx.saved_tensors
