@@ -59,6 +59,9 @@ def test_the_valley_of_the_product_pair_is_flat_along_one_direction():
     assert "a minimum (1 flat direction): flat to second order" in str(point)
     assert point.largest == pytest.approx(4)
     assert point.rate_limit() == pytest.approx(0.5)
+    sharper = examine(surface(oracles.product_pair, 2, 0.5))
+    assert sharper.name == "minimum (1 flat direction)"
+    torch.testing.assert_close(sharper.values, torch.tensor([0, 8.5], dtype=torch.float64))
 
 
 def test_a_slope_is_not_critical_and_the_promise_says_how_steep_it_is():
@@ -111,14 +114,34 @@ def test_rate_limit_and_condition_are_those_of_the_quadratic():
     assert math.isnan(examine(surface(oracles.product_pair, 0, 0)).condition)
 
 
-@pytest.mark.parametrize(("size", "share", "tolerance"), [(2, 0.1464, 0.0075), (3, 0.0249, 0.0033)])
+def gaussian_matrices(size, count):
+    drawn = torch.randn(count, size, size, generator=seeded(), dtype=torch.float64)
+    return drawn + drawn.mT
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "tolerance"),  # ½, (2 − √2)/4, (π − 2√2)/4π, and what lies below
+    [(1, 0.5, 0.005), (2, 0.1464, 0.004), (3, 0.0249, 0.002), (4, 0.0026, 0.0005), (5, 0.00014, 0.0001), (6, 0, 2e-5)],
+)
 def test_random_symmetric_matrices_are_minima_as_rarely_as_theory_says(size, share, tolerance):
-    # (2 − √2)/4 and (π − 2√2)/4π; the tolerances are three standard errors of 20000 draws
-    drawn = torch.randn(20_000, size, size, generator=seeded(), dtype=torch.float64)
-    spectra = torch.linalg.eigvalsh(drawn + drawn.mT)
-    minima = sum(classify(values) == "minimum" for values in spectra)
-    assert minima / len(spectra) == pytest.approx(share, abs=tolerance)
+    # the tolerances are about four standard errors of 160000 draws, or more
+    spectra = torch.linalg.eigvalsh(gaussian_matrices(size, 160_000))
+    assert float((spectra > 0).all(1).double().mean()) == pytest.approx(share, abs=tolerance)
     assert float((spectra > 0).double().mean()) == pytest.approx(0.5, abs=0.005)
+    kinds = [classify(values) for values in spectra[:2000]]
+    assert kinds.count("minimum") == int((spectra[:2000] > 0).all(1).sum())
+    assert kinds.count("maximum") == int((spectra[:2000] < 0).all(1).sum())
+    assert kinds.count("saddle") + kinds.count("minimum") + kinds.count("maximum") == 2000
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_the_origin_of_a_random_quadratic_has_the_index_of_its_matrix(size):
+    for matrix in gaussian_matrices(size, 30):
+        values = torch.linalg.eigvalsh(matrix)
+        point = examine(surface(lambda w, matrix=matrix: 1 + w @ matrix @ w / 2, *[0.0] * size))
+        assert point.negative == int((values < 0).sum())
+        assert point.positive.estimate == pytest.approx(float((values > 0).double().mean()))
+        torch.testing.assert_close(point.values, values)
 
 
 def autoencoder(kept):
@@ -215,6 +238,21 @@ def test_the_tanh_pair_has_its_saddle_at_the_origin(dtype):
     torch.testing.assert_close(point.values, torch.tensor([-0.5, 0.5], dtype=dtype))
 
 
+def test_the_ravines_of_the_tanh_pair_are_minima_between_plateaus_of_known_height():
+    for side in (1, -1):
+        point = examine(surface(oracles.tanh_pair, side * math.log(3), side * math.log(3)))
+        assert point.loss < 1e-30
+        assert point.name == "minimum (1 flat direction)"
+    for sign, height in ((1, 0.25), (-1, 2.25)):
+        assert surface(oracles.tanh_pair, 9, sign * 40).value() == pytest.approx(height, abs=1e-6)
+
+
+def test_a_minimum_becomes_a_saddle_where_another_dimension_leads_down():
+    assert examine(surface(lambda w: 1 + (w[0] - 2) ** 2, 2)).kind == "minimum"
+    lifted = examine(surface(lambda w: 1 + (w[0] - 2) ** 2 - w[1] ** 2, 2, 0))
+    assert (lifted.kind, lifted.negative) == ("saddle", 1)
+
+
 def test_bowls_and_domes_are_told_apart():
     assert examine(surface(lambda w: 1 + w[0] ** 2 + 1e-3 * w[1] ** 2, 0, 0)).kind == "minimum"
     assert examine(surface(lambda w: 1 - w[0] ** 2 - 1e-3 * w[1] ** 2, 0, 0)).kind == "maximum"
@@ -230,6 +268,8 @@ def test_the_way_out_of_the_product_pair_leads_to_loss_zero(dtype):
     assert way.steps == pytest.approx((math.sqrt(2), math.sqrt(2)), rel=1e-5)
     assert max(way.losses) <= 1e-10
     assert objective.at(way.point).value() == min(way.losses)
+    for side in (0.1, -0.1):
+        assert objective.at(side * way.direction).value() == pytest.approx(0.990025)
     assert way.evaluations <= 60
     assert "falls from 1" in str(way)
 

@@ -1,6 +1,8 @@
 """The search for critical points, and judgements of optimisers: their ends and their rates."""
 
+import importlib.util
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,25 +84,78 @@ def test_what_scipy_calls_success_is_judged():
     well = verify(objective, scipy.optimize.minimize(f, np.array([0.5, 0.4]), jac=slope, tol=1e-12))
     assert well.point.kind == "minimum"
     assert well.holds
+    assert not replace(well, point=replace(well.point, converged=False)).holds
+
+
+def regression():
+    model = nn.Linear(2, 1)
+    x, y = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)), torch.ones(20, 1)
+    return model, Objective(model, lambda m, b: (m(b[0]) - b[1]).square().mean() + 1, [(x, y)])
 
 
 def test_models_state_dicts_and_vectors_are_judged_alike():
-    model = nn.Linear(2, 1)
-    x, y = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)), torch.ones(20, 1)
-    objective = Objective(model, lambda m, b: (m(b[0]) - b[1]).square().mean() + 1, [(x, y)])
+    model, objective = regression()
     with torch.no_grad():
         model.weight.zero_()
         model.bias.fill_(1)
     flat = torch.tensor([0.0, 0.0, 1.0])
-    for found in (model, model.state_dict(), flat, flat.numpy()):
+    wrapped = torch.compile(nn.DataParallel(model), backend="eager")
+    for found in (model, wrapped, model.state_dict(), wrapped.state_dict(), flat, flat.numpy()):
         judged = verify(objective, found)
         assert judged.point.kind == "minimum"
         assert judged.point.loss == 1
         assert judged.success is None
+    torch._dynamo.reset()  # or the process would count as one that compiles
     with pytest.raises(ValueError, match="got none for bias"):
         verify(objective, {"weight": model.weight})
+    with pytest.raises(ValueError, match=r"got \(2, 1\) for weight"):
+        verify(objective, {"weight": model.weight.T, "bias": model.bias})
     with pytest.raises(TypeError, match="got int"):
         verify(objective, 3)
+
+
+class Innocent:
+    def __reduce__(self):
+        return print, ("a file must not run anything",)
+
+
+def test_weights_on_disk_are_judged(tmp_path, capsys):
+    _, objective = regression()
+    solved, path = nn.Linear(2, 1), tmp_path / "weights.pt"
+    nn.init.zeros_(solved.weight)
+    nn.init.ones_(solved.bias)
+    state = solved.state_dict()
+    for kept in (
+        state,
+        {"epoch": 3, "optimizer": {"lr": 1}, "model": state},
+        {f"module.{k}": t for k, t in state.items()},
+    ):
+        torch.save(kept, path)
+        for name in (path, str(path)):
+            judged = verify(objective, name)
+            assert (judged.point.kind, judged.point.loss) == ("minimum", 1)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(ValueError, match="got none for weight"):
+        verify(objective, path)
+    for content in (Innocent(), None):
+        torch.save(content, path) if content else path.write_bytes(b"not a file of weights")
+        with pytest.raises(ValueError, match=r"state dict that torch\.save wrote is needed, got weights"):
+            verify(objective, path)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        verify(objective, tmp_path / "nowhere.pt")
+
+
+def test_safetensors_are_read_where_that_package_is(tmp_path):
+    _, objective = regression()
+    path = tmp_path / "weights.safetensors"
+    if importlib.util.find_spec("safetensors") is None:
+        with pytest.raises(ValueError, match="package safetensors is needed for weights"):
+            verify(objective, path)
+        return
+    weights = {"weight": torch.zeros(1, 2), "bias": torch.ones(1)}
+    importlib.import_module("safetensors.torch").save_file(weights, path)
+    assert verify(objective, path).point.loss == 1
 
 
 class Quadratic(nn.Module):

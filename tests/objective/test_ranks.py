@@ -1,13 +1,21 @@
-"""Two gloo ranks with unequal shares of the data, against one process that has all of it."""
+"""Two gloo ranks with unequal shares of the data, as torchrun starts them, against one process that has all of it."""
 
 import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 
-from unstuck.curvature import eigenpairs, fisher, gauss_newton, hessian, sampled_fisher
+import unstuck
+from unstuck.critical import escape, examine, gradient_noise
+from unstuck.curvature import density, eigenpairs, fisher, gauss_newton, hessian, sampled_fisher, trace
 from unstuck.objective import Objective
+
+ROOT, SOURCE = Path(__file__).parents[2], Path(unstuck.__file__).parents[1]
 
 SHARES = {0: slice(0, 7), 1: slice(7, 8)}
 
@@ -34,8 +42,11 @@ def failing(model, batch):
 
 def answers(objective):
     v = torch.randn(objective.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    found = eigenpairs(hessian(objective), generator=torch.Generator().manual_seed(3))
+    H = hessian(objective)
+    found, spread, mean = eigenpairs(H), density(H, steps=20), trace(H, max_products=20)
     loss, gradient = objective.value_and_gradient()
+    point, ends = examine(objective), examine(objective, dense_up_to=0)
+    way, noise = escape(objective), gradient_noise(objective)
     return {
         "value": objective.value(),
         "loss": loss,
@@ -46,6 +57,14 @@ def answers(objective):
         "gauss_newton": gauss_newton(objective) @ v,
         "fisher": fisher(objective) @ v,
         "values": found.values,
+        "heights": spread.heights,
+        "trace": [mean.estimate, mean.stderr],
+        "spectrum": point.values,
+        "ends": ends.values,
+        "positive": [ends.positive.estimate, ends.positive.error],
+        "point": [point.loss, point.gradient_norm, point.promise, point.noise.stderr, noise.stderr],
+        "batches": [point.noise.batches, noise.batches],
+        "way out": way.point,
         "weight": objective.weight,
     }
 
@@ -89,9 +108,10 @@ def findings(rank, group):
     return found
 
 
-def work(rank, address, results):
+def work(results):
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     torch.save(findings(rank, distributed.group.WORLD), f"{results}/{rank}")
     gc.collect()  # the wrapper holds the group, whose threads must end before the process does
     distributed.barrier()
@@ -102,13 +122,24 @@ def work(rank, address, results):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.spawn(work, (f"file://{folder}/meeting", str(folder)), nprocs=2)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = os.pathsep.join([str(SOURCE), str(ROOT)])
+    done = subprocess.run(
+        [*launcher, "-m", "tests.objective.test_ranks", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / str(rank), weights_only=True) for rank in range(2)]
 
 
 def test_ranks_with_unequal_shares_find_what_one_process_finds(ranks):
-    expected = answers(Objective(network(), cross_entropy, [data()]))
     x, y = data()
+    expected = answers(Objective(network(), cross_entropy, [(x[part], y[part]) for part in SHARES.values()]))
     first = Objective(network(), cross_entropy, [(x[:7], y[:7])])
     expected["only the first"] = first.product(torch.ones(first.size, dtype=torch.float64))
     for found in ranks:
@@ -126,3 +157,7 @@ def test_a_fault_of_one_rank_is_told_to_both(ranks):
         assert "the bug of one rank" in second[name]
         assert "RuntimeError: all ranks are needed for a sum over data, got one that failed" in first[name]
     assert torch.equal(first["drawn"], second["drawn"])
+
+
+if __name__ == "__main__":
+    work(sys.argv[1])

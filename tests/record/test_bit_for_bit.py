@@ -25,13 +25,13 @@ def flattened(x):
 
 
 def generators():
-    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes()  # noqa: NPY002
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes()
 
 
 def trained(name, pause):
     torch.manual_seed(0)
     random.seed(0)
-    np.random.seed(0)  # noqa: NPY002
+    np.random.seed(0)
     return flattened(PROGRAMS[name]()(pause)), generators()
 
 

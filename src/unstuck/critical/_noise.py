@@ -1,8 +1,8 @@
 """How far the gradient over some batches may be from the gradient over all there could be."""
 
+import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from unstuck.objective import Objective
@@ -24,17 +24,23 @@ def gradient_noise(objective: Objective, gradient: Tensor | None = None) -> Nois
     """The standard error of ∇L over the objective's batches, from one more gradient; None for a single batch.
 
     Σ w_b² ‖g_b − g‖² / (Σ w_b)² · B/(B−1) for B batches of weights w_b. Batches that are few, or sorted by class, say
-    little; the terms of one rank speak for that rank.
+    little. With ranks, these are the batches of all.
     """
-    terms = objective.terms
-    if len(terms) < 2:
+    count = round(objective.over_ranks(lambda: len(objective.terms)))
+    if count < 2:
         return None
     gradient = objective.gradient() if gradient is None else gradient
     values = dict(zip(objective.names, objective.unflatten(objective.point), strict=True))
-    total = sum(term.weight for term in terms)
-    squares = torch.zeros((), dtype=torch.float64)
-    for term in terms:
-        if term.weight:
-            apart = Objective.of_terms([term], values).gradient() - gradient
-            squares += (term.weight / total) ** 2 * float(apart.square().sum())
-    return Noise(float(squares * len(terms) / (len(terms) - 1)) ** 0.5, len(terms))
+
+    def spread() -> float:
+        apart = (
+            (term.weight / objective.weight, Objective.of_terms([term], values).gradient() - gradient)
+            for term in objective.terms
+            if term.weight
+        )
+        return math.fsum(share**2 * float(a.double().square().sum()) for share, a in apart)
+
+    stderr = (objective.over_ranks(spread) * count / (count - 1)) ** 0.5
+    if not math.isfinite(stderr):
+        raise ValueError(f"the noise of a gradient needs finite ones, got {stderr}: look at the loss here first")
+    return Noise(stderr, count)

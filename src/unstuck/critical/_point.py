@@ -12,7 +12,7 @@ from unstuck.critical._json import plain_values
 from unstuck.critical._noise import Noise, gradient_noise
 from unstuck.critical._spectrum import signs, spectrum_of, zero_width
 from unstuck.critical._words import gist, told
-from unstuck.curvature import Eigenpairs, Operator, Share, density, hessian
+from unstuck.curvature import Eigenpairs, Operator, Share, density, draws, hessian
 from unstuck.objective import Objective
 
 _NEAR = 1e-5  # of ‖θ‖: a best step as short as this leads nowhere
@@ -144,8 +144,9 @@ def examine(  # noqa: PLR0913 each with a default that is right most of the time
     share of positive ones by quadrature, from `samples` runs of thirty products (none for 0). An eigenvalue below √ulp
     of the largest counts as zero. Where some are zero and the others of one sign, the loss is followed along the flat
     directions: a minimum with flat directions is one that it does not fall below there, to the widths that were tried.
-    Cost: two gradients, and as many Hessian products as there are weights, or as Lanczos and the quadrature need.
-    `progress(text, share)` is told before each product what share of the most that there may be is done.
+    Cost: two gradients, and as many Hessian products as there are weights, or as Lanczos and the quadrature need. All
+    that is random is the same each time, unless a generator is given. `progress(text, share)` is told before each
+    product what share of the most that there may be is done.
     """
     loss, gradient = objective.value_and_gradient()
     if not (loss.isfinite() and gradient.isfinite().all()):
@@ -153,7 +154,7 @@ def examine(  # noqa: PLR0913 each with a default that is right most of the time
             f"a critical point needs a finite loss and gradient, got loss {loss.item():.4g} and gradient norm "
             f"{gradient.norm().item():.4g}: look for the overflow first"
         )
-    H = hessian(objective)
+    H, generator = hessian(objective), draws(generator, objective.device)
     quadrature = _STEPS * max(2, samples) if samples and objective.size > dense_up_to else 0
     first = objective.size if objective.size <= dense_up_to else max_products
     watched = _telling(H, progress, "spectrum", before=0, most=first + quadrature)
@@ -221,7 +222,7 @@ def _along_gradient(H: Operator, gradient: Tensor, scale: float, zero: float) ->
     return _ratio(squared, 2 * bend), _ratio(squared**0.5, bend), flatness
 
 
-def _by_walking(objective: Objective, spectrum: Eigenpairs, zero: float, generator: torch.Generator | None) -> str:
+def _by_walking(objective: Objective, spectrum: Eigenpairs, zero: float, generator: torch.Generator) -> str:
     """A minimum or maximum, if along its flat directions the loss goes nowhere beyond it; otherwise degenerate."""
     signed = signs(spectrum.values, spectrum.errors, zero)
     flat = spectrum.vectors[signed == 0]
@@ -241,7 +242,7 @@ def _by_walking(objective: Objective, spectrum: Eigenpairs, zero: float, generat
 
 
 def _positive(
-    H: Operator, spectrum: Eigenpairs, zero: float, samples: int, generator: torch.Generator | None
+    H: Operator, spectrum: Eigenpairs, zero: float, samples: int, generator: torch.Generator
 ) -> tuple[Share | None, int]:
     """The share of positive eigenvalues and the products it took."""
     if len(spectrum.values) == H.size:

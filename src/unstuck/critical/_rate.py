@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unstuck.curvature import Operator, eigenpairs, hessian
-from unstuck.objective import Objective
+from unstuck.objective import Objective, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ def _preconditioned(H: Operator, scales: Tensor) -> Operator:
 
 def _scales(objective: Objective, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
     """√v̂ + ε for each weight, in the order of the objective."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(unwrapped(model).named_parameters())
     group = optimizer.param_groups[0]
     pieces = []
     for name in objective.names:

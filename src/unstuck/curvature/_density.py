@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unstuck.curvature._krylov import Krylov
-from unstuck.curvature._operator import Operator
+from unstuck.curvature._operator import Operator, draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,14 +80,15 @@ def density(
 
     Each random start gives the nodes and weights of a Gauss quadrature; their mean, smoothed by a Gaussian of `width`
     (a hundredth of the spectrum's), is the curve, their spread its error. Two samples at the least, for an error.
-    Cost: at most steps · samples products, and a basis of `steps` vectors.
+    Cost: at most steps · samples products, and a basis of `steps` vectors. Without a generator the starts are the same
+    each time.
     """
     if min(steps, points) < 2 or samples < 2:
         raise ValueError(
             f"a density needs at least two steps, samples and points, got steps={steps}, samples={samples}, "
             f"points={points}"
         )
-    steps = min(steps, A.size)
+    steps, generator = min(steps, A.size), draws(generator, A.device)
     runs = [_quadratures(A, steps, generator) for _ in range(samples)]
     nodes, weights = (torch.stack([run[0][k] for run in runs]) for k in (0, 1))
     exact = torch.tensor([run[3] for run in runs])
@@ -113,7 +114,7 @@ def density(
 
 
 def _quadratures(
-    A: Operator, steps: int, generator: torch.Generator | None
+    A: Operator, steps: int, generator: torch.Generator
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], int, bool]:
     """Nodes and weights after all steps, after two thirds of them, the products, and whether the space closed."""
     krylov = Krylov(A, rows=steps, generator=generator)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unstuck.curvature._eigenpairs import Eigenpairs
-from unstuck.curvature._operator import Operator
+from unstuck.curvature._operator import Operator, draws
 from unstuck.curvature._trace import signs, without
 
 
@@ -39,7 +39,8 @@ def diagonal(
     """The diagonal of A as the mean of v ∘ Av over vectors v of random signs (Bekas, Kokiopoulou, Saad 2007).
 
     Entry i has the variance Σ_{j≠i} Aᵢⱼ² / samples, so it is exact for a diagonal A and slow for a dense one. `known`
-    pairs are split off exactly. It stops when ‖stderr‖ ≤ tol·‖estimate‖, after four samples at the least.
+    pairs are split off exactly. It stops when ‖stderr‖ ≤ tol·‖estimate‖, after four samples at the least. Without a
+    generator the signs are the same each time.
 
     >>> A = Operator(lambda v: torch.tensor([3.0, -1.0, 2.0]) * v, size=3)
     >>> diagonal(A).estimate
@@ -47,6 +48,7 @@ def diagonal(
     """
     if max_products < 4:
         raise ValueError(f"a diagonal needs at least 4 products, got max_products={max_products}: raise it")
+    generator = draws(generator, A.device)
     rest = A if known is None else without(A, known)
     base = torch.zeros(A.size, dtype=A.dtype, device=A.device)
     if known is not None:

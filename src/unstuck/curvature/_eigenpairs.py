@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unstuck.curvature._krylov import Krylov, Ritz
-from unstuck.curvature._operator import Operator
+from unstuck.curvature._operator import Operator, draws
 
 _RANDOM_PART = 0.3  # of a warm start, beside the unit vector that is known
 _SHARE = _RANDOM_PART / math.hypot(1, _RANDOM_PART)
@@ -83,6 +83,7 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
         raise ValueError(
             f"{pairs} eigenpairs need at least as many products, got max_products={max_products}: raise it"
         )
+    generator = draws(generator, A.device)  # the same start each time, if none is given
     krylov = Krylov(
         A, rows=_rows(A, pairs, max_products, memory), start=_warm(A, start, generator), generator=generator
     )

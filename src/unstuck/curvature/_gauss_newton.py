@@ -1,18 +1,29 @@
 """Curvature without the second derivatives of the model: the Gauss–Newton matrix and the Fisher information."""
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from unstuck.curvature._likelihood import LIKELIHOODS, Prediction, prediction
-from unstuck.curvature._operator import Operator, Where, operator_of
+from unstuck.curvature._operator import Operator, Where, draws, operator_of
 from unstuck.curvature._outputs import LOSSES, SOFTENED, Cut, Function, cut_at
-from unstuck.objective import Chunk, Linear, Objective, along, gradient_of, second_derivatives
+from unstuck.objective import (
+    Chunk,
+    Linear,
+    Objective,
+    along,
+    both_sides,
+    check_custom,
+    check_linear,
+    gradient_of,
+    second_derivatives,
+)
 
 Tangents = Sequence[Tensor]  # of the outputs, one a cut
-Metric = Callable[[Tensor, Sequence[Cut], int], Callable[[Tangents], Tangents]]  # of a loss, its cuts and its index
+Metric = Callable[[Tensor, Sequence[Cut], Chunk], Callable[[Tangents], Tangents]]  # of a loss, its cuts and its chunk
 
 
 def gauss_newton(objective: Objective, *, where: Where | None = None) -> Operator:
@@ -29,12 +40,20 @@ def gauss_newton(objective: Objective, *, where: Where | None = None) -> Operato
     tensor([3., 5.])
     """
 
-    def metric(loss: Tensor, cuts: Sequence[Cut], index: int) -> Callable[[Tangents], Tangents]:
+    known, seen = LOSSES | SOFTENED, set()
+
+    def elsewhere(chunk: Chunk) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+        for side in both_sides(chunk.leaves):
+            loss, cuts = cut_at(replace(chunk, leaves=side), known)
+            yield loss, [cut.leaf for cut in cuts]
+
+    def metric(loss: Tensor, cuts: Sequence[Cut], chunk: Chunk) -> Callable[[Tangents], Tangents]:
         leaves = [cut.leaf for cut in cuts]
         slopes = gradient_of(loss, leaves, create_graph=True)
+        check_custom(loss, leaves, elsewhere(chunk), seen)
         return functools.partial(along, slopes, leaves)
 
-    return _operator(objective, where, LOSSES | SOFTENED, metric)
+    return _operator(objective, where, known, metric)
 
 
 def fisher(objective: Objective, *, where: Where | None = None) -> Operator:
@@ -45,7 +64,7 @@ def fisher(objective: Objective, *, where: Where | None = None) -> Operator:
     ½. For these it equals the Gauss–Newton matrix. (Martens 2020, section 9.)
     """
 
-    def metric(loss: Tensor, cuts: Sequence[Cut], index: int) -> Callable[[Tangents], Tangents]:
+    def metric(loss: Tensor, cuts: Sequence[Cut], chunk: Chunk) -> Callable[[Tangents], Tangents]:
         predictions = _predictions(loss, cuts)
         return lambda tangents: [p.exact(t) for p, t in zip(predictions, tangents, strict=True)]
 
@@ -57,16 +76,18 @@ def sampled_fisher(
 ) -> Operator:
     """The Fisher information with its expectation replaced by the mean over `samples` outcomes for each prediction.
 
-    Unbiased over the outcomes, which are drawn once: each product sees the same. `fisher` is exact and costs no more;
+    Unbiased over the outcomes, which are drawn once: each product sees the same, and so does each call without a
+    generator. `fisher` is exact and costs no more;
     this one has the factors s that approximations are built from.
     """
     if samples < 1:
         raise ValueError(f"a sampled Fisher information needs at least one sample, got samples={samples}")
-    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device if generator else "cpu"))
+    generator = draws(generator, "cpu")
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
 
-    def metric(loss: Tensor, cuts: Sequence[Cut], index: int) -> Callable[[Tangents], Tangents]:
+    def metric(loss: Tensor, cuts: Sequence[Cut], chunk: Chunk) -> Callable[[Tangents], Tangents]:
         predictions = _predictions(loss, cuts)
-        own = torch.Generator(loss.device).manual_seed((seed + 1_000_003 * index) % 2**63)
+        own = torch.Generator(loss.device).manual_seed((seed + 1_000_003 * chunk.index) % 2**63)
         scores = [[p.score(own) for _ in range(samples)] for p in predictions]
         return lambda tangents: [p.sampled(s, t) for p, s, t in zip(predictions, scores, tangents, strict=True)]
 
@@ -81,7 +102,7 @@ def empirical_fisher(objective: Objective, *, where: Where | None = None) -> Ope
     Balles, Hennig 2019). Train-mode batch norm mixes examples; then gᵢ is what one output contributes.
     """
 
-    def metric(loss: Tensor, cuts: Sequence[Cut], index: int) -> Callable[[Tangents], Tangents]:
+    def metric(loss: Tensor, cuts: Sequence[Cut], chunk: Chunk) -> Callable[[Tangents], Tangents]:
         rows = {len(cut.leaf) for cut in cuts}
         if len(rows) > 1:
             raise ValueError(f"outputs with one row an example are needed, got {sorted(rows)} rows in one loss")
@@ -98,18 +119,20 @@ def empirical_fisher(objective: Objective, *, where: Where | None = None) -> Ope
 
 
 def _operator(objective: Objective, where: Where | None, functions: Collection[Function], metric: Metric) -> Operator:
-    return operator_of(objective, where, functools.partial(_pulled_back, functions=functions, metric=metric))
+    build = functools.partial(_pulled_back, functions=functions, metric=metric, seen=set())
+    return operator_of(objective, where, build)
 
 
-def _pulled_back(chunk: Chunk, *, functions: Collection[Function], metric: Metric) -> Linear:
+def _pulled_back(chunk: Chunk, *, functions: Collection[Function], metric: Metric, seen: set[type]) -> Linear:
     """v ↦ Jᵀ M J v, with the metric M on the outputs of a chunk and J their derivatives."""
     loss, cuts = cut_at(chunk, functions)
     outputs = [cut.outputs for cut in cuts]
     with second_derivatives():
-        bend = metric(loss, cuts, chunk.index)
+        bend = metric(loss, cuts, chunk)
         # the gradient of ⟨z, w⟩ is Jᵀ w; its derivative along v, in w, is J v
         weights = [torch.zeros_like(z, requires_grad=True) for z in outputs]
         pulled = torch.autograd.grad(outputs, chunk.leaves, weights, create_graph=True, materialize_grads=True)
+        check_linear(outputs, seen)
 
     def apply(directions: Sequence[Tensor]) -> Sequence[Tensor]:
         bent = bend(along(pulled, weights, directions))

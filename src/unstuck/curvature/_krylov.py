@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unstuck.curvature._operator import Operator
+from unstuck.curvature._operator import Operator, draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Krylov:
         self, A: Operator, *, rows: int, start: Tensor | None = None, generator: torch.Generator | None = None
     ) -> None:
         self.A = A
-        self.generator = generator
+        self.generator = draws(generator, A.device)
         self.rounding = 100 * torch.finfo(A.dtype).eps  # of a product through a deep network, relative to max|λ|
         self.basis = torch.empty(min(rows, A.size), A.size, dtype=A.dtype, device=A.device)
         self.matrix = torch.zeros(len(self.basis), len(self.basis), dtype=torch.float64)

@@ -93,6 +93,11 @@ def dense(A: Operator, *, memory: float = 1e9) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
+def draws(generator: torch.Generator | None, device: torch.device | str) -> torch.Generator:
+    """The generator that was given, or one with a fixed seed: the global one is the caller's, and is left alone."""
+    return torch.Generator(device).manual_seed(0) if generator is None else generator
+
+
 @dataclass(frozen=True, eq=False)
 class ArrayOperator:
     """An operator on NumPy arrays, with the attributes by which SciPy takes it for a LinearOperator."""

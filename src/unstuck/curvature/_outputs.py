@@ -70,6 +70,11 @@ def cut_at(chunk: Chunk, functions: Collection[Function]) -> tuple[Tensor, list[
         raise ValueError(
             "outputs must not depend on each other, got one computed from another: mark the last with outputs()"
         )
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss must depend on the outputs, got one that depends on none: compute it without detach(), item() or "
+            "no_grad()"
+        )
     if not known & _leaves_behind([cut.outputs for cut in cuts]):
         raise ValueError(
             "the outputs must depend on a parameter, got some that depend on none: compute them with the model that "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unstuck.curvature._eigenpairs import Eigenpairs
-from unstuck.curvature._operator import Operator
+from unstuck.curvature._operator import Operator, draws
 
 _FEWEST = 8  # samples before a standard error is believed
 
@@ -29,7 +29,7 @@ class Trace:
         return text if self.converged else f"{text}, not converged: ± {self.tolerance:.2g} was asked for"
 
 
-def signs(A: Operator, generator: torch.Generator | None = None) -> Tensor:
+def signs(A: Operator, generator: torch.Generator) -> Tensor:
     """A vector of random signs for A: E[v vᵀ] = I."""
     return torch.randint(2, (A.size,), generator=generator, device=A.device).to(A.dtype) * 2 - 1
 
@@ -55,8 +55,8 @@ def trace(
     It stops when the standard error is at most `tol` of the estimate, after eight samples at the least. A sample has
     the variance 2 (‖A‖_F² − Σ Aᵢᵢ²), most of it from a few large eigenvalues: `known` pairs are split off exactly
     and cost nothing here. Without them the samples are skewed, and twice the standard error of the first eight holds
-    in five cases of six. Where the eigenvalues fall off fast, `xtrace` needs no known pairs. (Hutchinson 1990; Gambhir,
-    Stathopoulos, Orginos 2017.)
+    in five cases of six. Where the eigenvalues fall off fast, `xtrace` needs no known pairs. Without a generator the
+    signs are the same each time. (Hutchinson 1990; Gambhir, Stathopoulos, Orginos 2017.)
 
     >>> A = Operator(lambda v: torch.tensor([3.0, -1.0, 2.0]) * v, size=3)
     >>> trace(A).estimate
@@ -64,6 +64,7 @@ def trace(
     """
     if max_products < _FEWEST:
         raise ValueError(f"a trace needs at least {_FEWEST} products, got max_products={max_products}: raise it")
+    generator = draws(generator, A.device)
     rest = A if known is None else without(A, known)
     base = 0.0 if known is None else math.fsum((known.values * known.vectors.square().sum(1)).tolist())
     drawn: list[float] = []
@@ -83,11 +84,13 @@ def xtrace(A: Operator, *, products: int = 40, tol: float = 0.05, generator: tor
     Half the products go into Y = AΩ with columns of random signs, half into A on an orthonormal basis Q of Y. Each
     column in turn estimates what the basis of the others leaves over (Epperly, Tropp, Webber 2024; deviation: without
     their normalisation of the columns). An A of lower rank than Ω is found exactly. On a flat spectrum it is no better
-    than `trace`, which can also stop early. Memory: three vectors for every two products.
+    than `trace`, which can also stop early. Memory: three vectors for every two products. Without a generator the signs
+    are the same each time.
     """
     count = min(products // 2, A.size)
     if count < 2:
         raise ValueError(f"xtrace needs at least four products and a size of two, got {products} and size {A.size}")
+    generator = draws(generator, A.device)
     probes = torch.stack([signs(A, generator) for _ in range(count)])
     basis, R = _factor(A, probes)
     if not len(basis):

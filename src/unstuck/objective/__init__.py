@@ -2,8 +2,9 @@
 
 from unstuck.objective._calls import caller
 from unstuck.objective._chunks import Chunk, Linear, Plan
+from unstuck.objective._custom import both_sides, check_custom, check_linear
 from unstuck.objective._graph import Vault
-from unstuck.objective._model import examples
+from unstuck.objective._model import examples, unwrapped
 from unstuck.objective._objective import Objective
 from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, tensors
 from unstuck.objective._recorder import Recorder
@@ -25,7 +26,10 @@ __all__ = [
     "Term",
     "Vault",
     "along",
+    "both_sides",
     "caller",
+    "check_custom",
+    "check_linear",
     "examples",
     "gradient_of",
     "nodes_behind",
@@ -33,4 +37,5 @@ __all__ = [
     "second_derivatives",
     "tensors",
     "unpack",
+    "unwrapped",
 ]

@@ -19,10 +19,17 @@ WORK = 1.5  # what a product takes while it runs, in graphs; up to 1.4 was measu
 class Chunk:
     """The loss of one batch, or of a part of it, ready to be differentiated."""
 
-    loss: Callable[[], Tensor]
+    at: Callable[[Sequence[Tensor]], Tensor]  # the parameters -> the loss
     leaves: Sequence[Tensor]  # the parameters
     weight: float
     index: int  # no two chunks, on all ranks, have the same
+
+    def loss(self) -> Tensor:
+        """0-d and finite."""
+        loss = self.at(self.leaves)
+        if not loss.isfinite():
+            raise ValueError(f"curvature needs a finite loss, got {loss.item()}: look at the loss here first")
+        return loss
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,10 +2,13 @@
 
 import contextlib
 import itertools
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -14,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from unstuck.objective._term import Term
+from unstuck.objective._term import WRITTEN_BATCH, Term
 
 
 def examples(batch: Any) -> int:
@@ -56,13 +59,10 @@ def batch_terms(
 
         def at(values: Sequence[Tensor]) -> Tensor:
             if any(t._version != version for t, version in versions):
-                raise ValueError(
-                    "an objective needs its batches as they were when it was built, got one that was written into: "
-                    "pass copies, or build the objective anew"
-                )
+                raise ValueError(WRITTEN_BATCH)
             own = {name: b.clone() for name, b in buffers.items()}  # train-mode layers write into them
             state = {**constants, **own, **dict(zip(names, values, strict=True))}
-            with _modes(modes), _seeded(seed, devices), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
+            with _evaluation(modes, seed, devices):
                 return functional_call(evaluated, state, (batch,))
 
         def parts(count: int) -> list[Term]:
@@ -70,7 +70,7 @@ def batch_terms(
 
         return Term(at, float(weight(batch)), None if mixing else parts)
 
-    with torch.random.fork_rng(devices=devices):  # a shuffling loader draws from the global generator
+    with _apart(devices):  # a shuffling loader draws from a global generator, and an augmentation from any
         kept = list(batches)
         seeds = torch.randint(2**62, (len(kept),)).tolist()
     return (term(batch, seed) for batch, seed in zip(kept, seeds, strict=True))
@@ -200,6 +200,20 @@ def _affine(  # noqa: PLR0913, the arguments of batch_norm
 
 
 @contextlib.contextmanager
+def _evaluation(modes: Mapping[nn.Module, bool], seed: int, devices: Sequence[int]) -> Iterator[None]:
+    """All that makes a loss one function with two derivatives, for the length of the block."""
+    with _uncompiled(), _modes(modes), _seeded(seed, devices), sdpa_kernel(SDPBackend.MATH), _TwiceDifferentiable():
+        yield
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """What torch.compile has made of parts of a model is left aside: it has no second derivatives."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to import it takes seconds
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+@contextlib.contextmanager
 def _modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
     """Train or eval mode, module by module, for the length of the block."""
     before = {module: module.training for module in modes}
@@ -214,12 +228,26 @@ def _modes(modes: Mapping[nn.Module, bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _seeded(seed: int, devices: Sequence[int]) -> Iterator[None]:
-    """The global generators of the CPU and of the devices start from the seed, and go on after the block as before."""
-    with torch.random.fork_rng(devices=devices):
+    """The global generators start from the seed, and go on after the block as before: Python's, NumPy's and torch's."""
+    with _apart(devices):
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002, the global one
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed devices that were not saved
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def _apart(devices: Sequence[int]) -> Iterator[None]:
+    """The global generators go on after the block as before it."""
+    ours, numpys = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)  # noqa: NPY002
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

@@ -10,10 +10,19 @@ from torch import Tensor, distributed, nn
 
 from unstuck.objective import _ranks
 from unstuck.objective._chunks import Chunk, Graphs, Linear, Plan
+from unstuck.objective._custom import both_sides, check_custom
 from unstuck.objective._division import Division
 from unstuck.objective._matmul import fast_matmul
 from unstuck.objective._model import batch_terms, examples, unwrapped
-from unstuck.objective._term import Term, along, gradient_of, second_derivatives
+from unstuck.objective._term import (
+    WRITTEN_BATCH,
+    WRITTEN_PARAMETERS,
+    Term,
+    along,
+    check_mode,
+    gradient_of,
+    second_derivatives,
+)
 
 
 class Objective:
@@ -25,8 +34,8 @@ class Objective:
 
     An objective is one deterministic function: weights (frozen ones too), buffers, train or eval mode and random masks
     are copied when it is built, so that training the model afterwards changes nothing here. Build another one to look
-    at the new weights. Batches are kept, not copied; writing into them is noticed and refused. The model, its
-    gradients and the global generator are left alone.
+    at the new weights. Batches are kept, not copied; writing into them is noticed and refused, unless torch cannot see
+    it (through .data or shared NumPy memory). The model, its gradients and the global generators are left alone.
 
     The first Hessian product measures the graphs of the gradients and keeps them as far as `memory` allows: in bytes,
     products included, beyond what a gradient takes; half of what is free, if not given. `plan` tells what was decided.
@@ -85,6 +94,7 @@ class Objective:
             raise ValueError(f"memory is a positive number of bytes, got {memory}")
         if not parameters:
             raise ValueError("an objective needs at least one parameter, got none")
+        _check_real(parameters)
         self.names = tuple(parameters)
         self.shapes = tuple(p.shape for p in parameters.values())
         self.size = sum(p.numel() for p in parameters.values())
@@ -100,6 +110,7 @@ class Objective:
             raise ValueError(f"weights count examples, so none is negative and their sum is positive, got {weights}")
         _ranks.check_same(self._point, group)
         self._memory, self._group = memory, group
+        self._left_alone = False  # whether a pass has shown that the terms leave the parameters alone
         self._divided = Division(self.terms, memory)
 
     def at(self, point: Tensor) -> "Objective":
@@ -183,6 +194,11 @@ class Objective:
         """
         return functools.partial(self._apply, self._graphs(build))
 
+    def over_ranks(self, compute: Callable[[], float]) -> float:
+        """The sum of a number over all ranks; itself without a group."""
+        like = torch.zeros(1, dtype=torch.float64, device=self.device)
+        return _ranks.total(lambda: like + compute(), like, self._group).item()
+
     def unflatten(self, flat: Tensor) -> list[Tensor]:
         """A flat tensor cut into the shapes, types and devices of the parameters."""
         if flat.shape != (self.size,):
@@ -206,12 +222,22 @@ class Objective:
 
     @functools.cached_property
     def _leaves(self) -> list[Tensor]:
+        check_mode()
         # clones, because a view into the flat vector may be misaligned and round differently from the model's own
         return [piece.clone().requires_grad_() for piece in self.unflatten(self._point)]
 
+    def _check_leaves(self) -> None:
+        """Raises where the first pass has written into the parameters unseen by autograd, as through .data."""
+        if self._left_alone:
+            return
+        values = self.unflatten(self._point)
+        if not all(torch.allclose(a, b, 0, 0, equal_nan=True) for a, b in zip(self._leaves, values, strict=True)):
+            raise ValueError(WRITTEN_PARAMETERS)
+        self._left_alone = True
+
     @functools.cached_property
     def _hessian(self) -> Graphs:
-        return self._graphs(_hessian_of)
+        return self._graphs(functools.partial(_hessian_of, seen=set()))
 
     def _graphs(self, build: Callable[[Chunk], Linear]) -> Graphs:
         first = _ranks.rank_of(self._group) << 32
@@ -224,7 +250,7 @@ class Objective:
         def products() -> Iterator[Sequence[Tensor]]:
             for apply in graphs:
                 with fast_matmul(), second_derivatives():
-                    product = apply(directions)
+                    product = _unwritten(apply, directions)
                 del apply  # or its graph would be alive while the next one is built
                 yield product
 
@@ -237,7 +263,9 @@ class Objective:
 
         def weighted() -> Tensor:
             pairs = zip(self._divided(self._leaves), losses(), strict=True)
-            return sum((term.weight * loss.to(like) for term, loss in pairs), like)
+            total = sum((term.weight * loss.to(like) for term, loss in pairs), like)
+            self._check_leaves()
+            return total
 
         return (_ranks.total(weighted, like, self._group)[0] / self.weight).to(self.dtype)
 
@@ -248,6 +276,7 @@ class Objective:
             total = torch.zeros_like(self._point)
             for term, part in zip(self._divided(self._leaves), parts(), strict=True):
                 total.add_(self._flatten(part), alpha=term.weight)
+            self._check_leaves()
             return total
 
         return _ranks.total(weighted, self._point, self._group, mark=mark) / self.weight
@@ -255,21 +284,35 @@ class Objective:
 
 def _chunks(divided: Division, leaves: Sequence[Tensor], first: int) -> list[Chunk]:
     def chunk(term: Term, index: int) -> Chunk:
-        return Chunk(lambda: _finite(term.at(leaves)), leaves, term.weight, index)
+        return Chunk(term.at, leaves, term.weight, index)
 
     return [chunk(term, first + k) for k, term in enumerate(divided(leaves))]
 
 
-def _finite(loss: Tensor) -> Tensor:
-    if not loss.isfinite():
-        raise ValueError(f"curvature needs a finite loss, got {loss.item()}: look at the loss here first")
-    return loss
+def _check_real(parameters: Mapping[str, Tensor]) -> None:
+    for name, p in parameters.items():
+        lazy = isinstance(p, nn.UninitializedParameter)
+        if lazy or p.is_complex():
+            raise ValueError(
+                f"an objective needs real parameters with a shape, got a {'lazy' if lazy else 'complex'} one, {name}: "
+                "run a lazy model once first, and hold complex numbers as torch.view_as_real() does"
+            )
 
 
-def _hessian_of(chunk: Chunk) -> Linear:
+def _unwritten(apply: Callable[[Sequence[Tensor]], Sequence[Tensor]], directions: Sequence[Tensor]) -> Sequence[Tensor]:
+    try:
+        return apply(directions)
+    except RuntimeError as error:
+        if "inplace operation" in str(error):  # of what a kept graph holds
+            raise ValueError(WRITTEN_BATCH) from error
+        raise
+
+
+def _hessian_of(chunk: Chunk, *, seen: set[type]) -> Linear:
     loss = chunk.loss()
     with fast_matmul(), second_derivatives():
         slopes = gradient_of(loss, chunk.leaves, create_graph=True)
+        check_custom(loss, chunk.leaves, ((chunk.at(side), side) for side in both_sides(chunk.leaves)), seen)
     return Linear(functools.partial(along, slopes, chunk.leaves), slopes)
 
 

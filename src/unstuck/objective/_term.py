@@ -3,9 +3,20 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+WRITTEN_PARAMETERS = (
+    "a loss must leave the parameters alone, got one that writes into them: take the step, the clipping or the "
+    "max_norm= of an embedding out of it"
+)
+WRITTEN_BATCH = (
+    "an objective needs its batches as they were when it was built, got one that was written into: pass copies, or "
+    "build the objective anew"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,23 +29,26 @@ class Term:
 
     def at(self, leaves: Sequence[Tensor]) -> Tensor:
         """The loss, 0-d, if it is one."""
+        check_mode()
         versions = [leaf._version for leaf in leaves]
         loss = self.loss(leaves)
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-            what = f"a {loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
-            raise TypeError(f"the loss must be a tensor with one real number, got {what}: return the batch's mean loss")
-        if versions != [leaf._version for leaf in leaves]:
-            raise ValueError(
-                "a loss must leave the parameters alone, got one that writes into them: take the step, the clipping or "
-                "the max_norm= of an embedding out of it"
+            raise TypeError(
+                f"the loss must be a tensor with one real number, got {_told(loss)}: return the batch's mean loss"
             )
+        if versions != [leaf._version for leaf in leaves]:
+            raise ValueError(WRITTEN_PARAMETERS)
         return loss.reshape(())
+
+
+def check_mode() -> None:
+    if torch.is_inference_mode_enabled():
+        raise ValueError("an objective needs graphs, got torch.inference_mode(): ask outside of it, or in no_grad()")
 
 
 def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
     """The gradient of a loss, zero for a parameter that it does not use."""
-    if create_graph:
-        _check_twice(loss)
+    _check_functions(loss, twice=create_graph)
     found: Sequence[Tensor | None] = (
         torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True) if loss.requires_grad else ()
     )
@@ -69,15 +83,29 @@ def second_derivatives() -> Iterator[None]:
         ) from error
 
 
-def _check_twice(loss: Tensor) -> None:
-    """Raises where a graph holds a function marked as differentiable once.
+def own_functions(roots: Sequence[Tensor]) -> list[Any]:
+    """The nodes of custom autograd functions in the graph that leads to the roots.
+
+    Raises for a reentrant checkpoint: for torch, weights that it hides take no part in the loss.
+    """
+    found = [node for node in nodes_behind(roots) if hasattr(node, "_forward_cls")]
+    if any(getattr(node, "_forward_cls", None) is CheckpointFunction for node in found):
+        raise ValueError(
+            "a loss needs all its weights in one graph, got a reentrant checkpoint, which hides them: call "
+            "checkpoint() with use_reentrant=False"
+        )
+    return found
+
+
+def _check_functions(loss: Tensor, *, twice: bool) -> None:
+    """Raises where a graph holds a function marked as differentiable once, if it is to be differentiated twice.
 
     torch itself complains only if the slope that reaches it requires a gradient, and otherwise takes its derivative for
     a constant.
     """
-    for node in nodes_behind([loss]):
-        function = getattr(node, "_forward_cls", None)
-        if function is not None and getattr(function.backward, "__code__", None) is _MARKED:
+    for node in own_functions([loss]):
+        function = node._forward_cls  # noqa: SLF001
+        if twice and getattr(function.backward, "__code__", None) is _MARKED:
             raise RuntimeError(f"{function.__name__} is marked with @once_differentiable")
 
 
@@ -95,6 +123,12 @@ def nodes_behind(roots: Sequence[Tensor]) -> Iterator[torch.autograd.graph.Node]
 
 _MARKED = torch.autograd.function.once_differentiable(nodes_behind).__code__
 _ONCE = ("twice", "double backward", "once_differentiable", "is not implemented", "not differentiable")
+
+
+def _told(loss: Any) -> str:
+    if isinstance(loss, Tensor):
+        return f"a {loss.dtype} of shape {tuple(loss.shape)}"
+    return repr(loss) if loss is None or isinstance(loss, int | float | complex) else f"a {type(loss).__name__}"
 
 
 def _sentence(error: Exception) -> str:
