@@ -166,7 +166,7 @@ class _Layer:
 
     def scaled(self, scale: Tensor, shift: Tensor) -> Tensor | None:
         """What the layer returns with scaled weights; None where channels are not its second dimension."""
-        given = dict(zip(("input", "weight", "bias"), self.args, strict=False)) | self.kwargs
+        given: dict[str, Any] = {**dict(zip(("input", "weight", "bias"), self.args, strict=False)), **self.kwargs}
         x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
         if weight.ndim != self.result.ndim:  # one example without a batch dimension, or many
             return None
