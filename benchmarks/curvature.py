@@ -52,7 +52,7 @@ def main() -> None:
     )  # PyHessian does, on a copy
     torch.set_num_threads(given.threads)
     threadpool_limits(1, user_api="blas")  # NumPy's own threads, which get into the way of torch's
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     before = environment(given)
     report(f"{given.workload}: training")
     bench = Bench(
@@ -185,7 +185,7 @@ def show_density(result: Row) -> list[Any]:
 
 def show_trace(result: Row) -> list[Any]:
     columns = {"seconds": "s a probe", "ours": "ours", "ratio": "× ours", "estimate": "estimate"}
-    table = _plain(f"Trace by random signs, {costs.PEER_PROBES} probes at most", columns, result["rows"])
+    table = _plain(f"Trace by random signs, {costs.PEER_PROBES} probes, graphs included", columns, result["rows"])
     plain, known = (f"{result['estimate'][name]:.4g} ± {result['stderr'][name]:.2g}" for name in ("plain", "known"))
     word = "agree" if result["agree"] else "DIFFER"
     return [
@@ -235,7 +235,7 @@ def _compared(title: str, result: Row) -> Table:
         "× ours",
         "says converged",
     ):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name == "tool")
     for row in result["rows"]:
         if "failed" in row:
             table.add_row(row["tool"], row["setting"], "failed")

@@ -2,12 +2,13 @@
 
 import functools
 import gc
+import itertools
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ class Setting:
     label: str
     stops: str  # "by itself", "by default" or "told"
     prepare: Callable[[int], Callable[[], Answer]]
-    repeats: int = 5  # at most
+    least: int = 1  # pairs, whatever the network
+    most: int = 5
 
 
 @dataclass
@@ -101,26 +103,32 @@ def errors(values: Sequence[float], truth: Sequence[float]) -> dict[str, float]:
 
 
 def compare(
-    bench: Bench, setting: Setting, ours: Callable[[int], dict[str, float]], truth: Sequence[float], tolerance: float
+    bench: Bench,
+    setting: Setting,
+    ours: Callable[[int], dict[str, float]],
+    seeds: Iterator[int],
+    truth: Sequence[float],
+    tolerance: float,
 ) -> Row:
     """A peer at one setting, each of its runs right after ours from the same seed."""
     row: Row = {"tool": setting.tool, "setting": setting.label, "stops": setting.stops}
-    pairs, answers, seeds = [], [], []
-    for seed in range(1 if bench.quick else min(setting.repeats, bench.repeats)):
-        report(f"{bench.given.name}: {setting.tool}, {setting.label}, run {seed + 1}")
+    pairs, answers, used = [], [], []
+    repeats = 1 if bench.quick else min(setting.most, max(setting.least, bench.repeats))
+    for seed in itertools.islice(seeds, repeats):
+        report(f"{bench.given.name}: {setting.tool}, {setting.label}, start {seed}")
         mine = ours(seed)
         try:
             with conditions(seed, relaxed=bench.relaxed):
                 answer, seconds = timed(setting.prepare(seed))
         except Exception as error:
-            return row | {"failed": sentence(error)}
+            return row | {"seed": seed, "failed": sentence(error)}
         pairs.append((mine, seconds))
         answers.append(answer)
-        seeds.append(seed)
+        used.append(seed)
     found = [errors(answer.values, truth) for answer in answers]
     worst = {criterion: max(error[criterion] for error in found) for criterion in CRITERIA}
     return row | {
-        "seeds": seeds,
+        "seeds": used,
         "seconds": [theirs for _, theirs in pairs],
         "ours": {c: [mine[c] for mine, _ in pairs] for c in CRITERIA},
         "ratio": {c: statistics.median(theirs / mine[c] for mine, theirs in pairs) for c in CRITERIA},
@@ -175,8 +183,7 @@ class Starts:
 
         found, seconds = timed(run)
         wrong = np.abs(found.values.numpy() - self.truth)
-        if seed not in self.minima:
-            self.minima[seed] = self._minimum(seed, vectors, images)
+        self.minima[seed] = self._minimum(seed, vectors, images)
         self.runs.append(
             Start(
                 seed=seed,
@@ -218,15 +225,15 @@ class Starts:
         return first
 
     def summary(self) -> Row:
-        """What the runs from different starts say of ours; a start that was timed again counts once."""
-        starts = list({start.seed: start for start in self.runs}.values())
+        """What the runs say of ours; no two have the same start."""
+        starts = self.runs
         result: Row = {
             "starts": len(starts),
             "seeds": [start.seed for start in starts],
             "converged": _share(start.converged for start in starts),
             "bars_held": _share(start.bars_held for start in starts),
             "products": [start.products for start in starts],
-            "seconds": statistics.median(start.seconds for start in self.runs),
+            "seconds": statistics.median(start.seconds for start in starts),
         }
         for criterion in CRITERIA:
             least = [start.minimum[criterion] for start in starts]
@@ -245,39 +252,41 @@ def top(bench: Bench) -> Row:
     """The five largest eigenvalues to 1e-3."""
     given = bench.given
     starts = Starts(bench)
-    run = functools.partial(compare, bench, ours=starts, truth=starts.truth, tolerance=TOP_TOLERANCE)
+    seeds = itertools.count()
+    run = functools.partial(compare, bench, ours=starts, seeds=seeds, truth=starts.truth, tolerance=TOP_TOLERANCE)
     rows: list[Row] = []
     if bench.has("PyHessian"):
-        settings = [Setting("PyHessian", "defaults", "by default", lambda seed: PyHessian(given).top, 3)]
+        settings = [Setting("PyHessian", "defaults", "by default", lambda seed: PyHessian(given).top, most=3)]
         settings += [
             Setting(
                 "PyHessian",
                 f"tol={tol:g}, maxIter=1000",
                 "by itself",
                 lambda seed, tol=tol: functools.partial(PyHessian(given).top, tol=tol, max_iter=1000),
-                3,
+                most=3,
             )
             for tol in (1e-4, 1e-5, 1e-6, 1e-7)
         ]
         rows += tighten(bench, settings, run)
     if bench.has("hessian-eigenthings"):
         for settings, until in _lanczos_settings(given, starts):
-            rows += tighten(bench, settings, run, until)
+            if not _told_already(rows, until):
+                rows += tighten(bench, settings, run, until)
     scipy = [("curvlinops + eigsh", Curvlinops)] if bench.has("curvlinops-for-pytorch") else []
     for tool, peer in [*scipy, ("our product + eigsh", OursBySciPy)]:
         rows += tighten(bench, _settings(tool, given, lambda g, peer=peer: peer(g).top), run)
-        if not bench.quick:
+        if given.name == "mlp" or peer is Curvlinops:  # to all digits, which takes long
             exact = Setting(
                 tool,
                 "defaults (tol=0)",
                 "by default",
                 lambda seed, peer=peer: functools.partial(peer(given).top, seed=seed),
-                1,
+                most=1,
             )
             rows.append(run(exact))
-    while len({start.seed for start in starts.runs}) < (1 if bench.quick else STARTS):
-        report(f"{given.name}: ours, start {len(starts.minima)}")
-        starts(len(starts.minima))
+    while len(starts.runs) < (1 if bench.quick else STARTS):
+        report(f"{given.name}: ours, start {len(starts.runs)}")
+        starts(next(seeds))
     return {"ours": starts.summary(), "rows": rows, "best": best(rows)}
 
 
@@ -285,16 +294,20 @@ def _lanczos_settings(given: Workload, starts: Starts) -> list[tuple[list[Settin
     """hessian-eigenthings at its defaults, by its own rule and told the number of steps."""
     name = "hessian-eigenthings"
     default = Setting(
-        name, "lanczos(k=5)", "by default", lambda seed: functools.partial(Eigenthings(given).lanczos, seed=seed), 1
+        name,
+        "lanczos(k=5)",
+        "by default",
+        lambda seed: functools.partial(Eigenthings(given).lanczos, seed=seed),
+        most=1,
     )
 
     def told(criterion: str, more: int) -> Setting:
         def prepare(seed: int) -> Callable[[], Answer]:
             return functools.partial(Eigenthings(given).told, starts.told(seed, criterion, more), seed=seed)
 
-        return Setting(name, f"told the steps ({criterion})" + f" + {more}" * bool(more), "told", prepare)
+        return Setting(name, f"told ({criterion})" + f" + {more}" * bool(more), "told", prepare, least=2)
 
-    itself = _settings(name, given, lambda g: Eigenthings(g).doubling, "max_iter=10, 20, 40 … until converged, ")
+    itself = _settings(name, given, lambda g: Eigenthings(g).doubling, "doubled until converged, ")
     return [
         ([default], "each"),
         (itself, "each"),
@@ -302,51 +315,88 @@ def _lanczos_settings(given: Workload, starts: Starts) -> list[tuple[list[Settin
     ]
 
 
-def ends(bench: Bench) -> Row:
-    """The largest and the smallest eigenvalue to 1e-2, from one run of ours."""
-    given = bench.given
-    truth = [bench.reference[1][0], bench.reference[0][-1]]
-    tols = _ends_tolerances(bench, truth)
-    runs: dict[str, list[Row]] = {criterion: [] for criterion in CRITERIA}
+def _told_already(rows: Sequence[Row], criterion: str) -> bool:
+    """Whether a run that was told its steps is right already: more of them would only take longer."""
+    return any(row["stops"] == "told" and row["right"][criterion] for row in rows if "failed" not in row)
 
-    def ours(seed: int) -> dict[str, float]:
+
+class Ends:
+    """Our runs for both ends, for each criterion at the tolerance that it takes."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.truth = [bench.reference[1][0], bench.reference[0][-1]]
+        self.tolerances = self._tolerances()
+        self.runs: dict[str, list[Row]] = {criterion: [] for criterion in CRITERIA}
+
+    def __call__(self, seed: int) -> dict[str, float]:
+        """Seconds of one more run for each criterion."""
         seconds = {}
-        for criterion, tol in tols.items():
-            found, seconds[criterion] = timed(lambda tol=tol: _ends(unstuck.hessian(given.objective()), tol, seed))
-            values = found.values.tolist()
-            runs[criterion].append(
+        for criterion, tol in self.tolerances.items():
+            found, seconds[criterion] = timed(
+                lambda tol=tol: _ends(unstuck.hessian(self.bench.given.objective()), tol, seed)
+            )
+            self.runs[criterion].append(
                 {
                     "seed": seed,
                     "products": found.products,
                     "converged": found.converged,
-                    "bars_held": bool((np.abs(found.values.numpy() - truth) <= found.errors.numpy()).all()),
-                    "error": errors(values, truth),
+                    "bars_held": bool((np.abs(found.values.numpy() - self.truth) <= found.errors.numpy()).all()),
+                    "error": errors(found.values.tolist(), self.truth),
                     "seconds": seconds[criterion],
                 }
             )
         return seconds
 
-    run = functools.partial(compare, bench, ours=ours, truth=truth, tolerance=ENDS_TOLERANCE)
+    def _tolerances(self) -> dict[str, float]:
+        """1e-2 for errors relative to the largest; for those relative to each the loosest decade that is right."""
+        tols = (1e-2, 1e-3, 1e-4, 1e-5)
+        each = (errors(_ends(self.bench.kept, tol, 0).values.tolist(), self.truth)["each"] for tol in tols)
+        fits = (tol for tol, error in zip(tols, each, strict=True) if error <= ENDS_TOLERANCE)
+        return {"largest": ENDS_TOLERANCE, "each": next(fits, tols[-1])}
+
+    def told(self, seed: int, criterion: str) -> list[int]:
+        """The first steps of the ladder that give the largest, and the smallest, within tolerance."""
+        krylov = Krylov(self.bench.kept, rows=STEPS[-1], generator=torch.Generator().manual_seed(seed))
+        found: dict[int, int] = {}
+        for steps in STEPS:
+            while len(krylov) < steps:
+                krylov.grow()
+            values = torch.linalg.eigvalsh(krylov.matrix[:steps, :steps])
+            for end, true in ((-1, self.truth[1]), (0, self.truth[0])):
+                unit = max(map(abs, self.truth)) if criterion == "largest" else abs(true)
+                if abs(float(values[end]) - true) <= ENDS_TOLERANCE * unit:
+                    found.setdefault(end, steps)
+            if len(found) == 2:
+                break
+        return [found.get(end, STEPS[-1]) for end in (-1, 0)]
+
+
+def ends(bench: Bench) -> Row:
+    """The largest and the smallest eigenvalue to 1e-2, from one run of ours."""
+    given, ours, seeds = bench.given, Ends(bench), itertools.count()
+    run = functools.partial(compare, bench, ours=ours, seeds=seeds, truth=ours.truth, tolerance=ENDS_TOLERANCE)
     rows: list[Row] = []
     if bench.has("curvlinops-for-pytorch"):
         for label, way in (("BE", Curvlinops.both_ends), ("LA, then SA", Curvlinops.one_by_one)):
             named = _settings("curvlinops + eigsh", given, lambda g, way=way: functools.partial(way, Curvlinops(g)))
-            named = [Setting(s.tool, f"{label}, {s.label}", s.stops, s.prepare) for s in named]
-            rows += tighten(bench, named, run)
+            named = [replace(setting, label=f"{label}, {setting.label}") for setting in named]
+            if given.name == "mlp" or not any(row.get("right", {}).get("each") for row in rows):
+                rows += tighten(bench, named, run)  # two runs take longer than one that does, where that is right
     if bench.has("hessian-eigenthings"):
         name = "hessian-eigenthings"
-        itself = _settings(name, given, lambda g: Eigenthings(g).ends, "LA, then SA, until converged, ")
+        itself = _settings(name, given, lambda g: Eigenthings(g).ends, "LA, then SA, doubled, ")
         rows += tighten(bench, itself, run)
-        steps = functools.cache(lambda seed: _ends_steps(bench, seed, truth))
         for criterion in CRITERIA:
 
             def prepare(seed: int, criterion: str = criterion) -> Callable[[], Answer]:
-                return functools.partial(Eigenthings(given).told_ends, steps(seed)[criterion], seed=seed)
+                return functools.partial(Eigenthings(given).told_ends, ours.told(seed, criterion), seed=seed)
 
-            rows.append(run(Setting(name, f"LA, then SA, told the steps ({criterion})", "told", prepare)))
-    if not any(runs.values()):
-        ours(0)
-    return {"tolerances": tols, "ours": runs, "rows": rows, "best": best(rows)}
+            if not _told_already(rows, criterion):
+                rows.append(run(Setting(name, f"LA, then SA, told ({criterion})", "told", prepare)))
+    if not any(ours.runs.values()):
+        ours(next(seeds))
+    return {"tolerances": ours.tolerances, "ours": ours.runs, "rows": rows, "best": best(rows)}
 
 
 def best(rows: Sequence[Row]) -> Row:
@@ -381,32 +431,6 @@ def _settings(tool: str, given: Workload, method: Callable[[Workload], Any], lab
 
 def _ends(H: Operator, tol: float, seed: int) -> Eigenpairs:
     return unstuck.eigenpairs(H, largest=1, smallest=1, tol=tol, generator=torch.Generator().manual_seed(seed))
-
-
-def _ends_tolerances(bench: Bench, truth: Sequence[float]) -> dict[str, float]:
-    """Ours: 1e-2 for errors relative to the largest; for each value's own the loosest decade that is right."""
-    tols = (1e-2, 1e-3, 1e-4, 1e-5)
-    fits = (tol for tol in tols if errors(_ends(bench.kept, tol, 0).values.tolist(), truth)["each"] <= ENDS_TOLERANCE)
-    return {"largest": ENDS_TOLERANCE, "each": next(fits, tols[-1])}
-
-
-def _ends_steps(bench: Bench, seed: int, truth: Sequence[float]) -> dict[str, list[int]]:
-    """The first steps of the ladder that give the largest, and the smallest, within tolerance."""
-    krylov = Krylov(bench.kept, rows=STEPS[-1], generator=torch.Generator().manual_seed(seed))
-    scale = max(map(abs, truth))
-    found: dict[tuple[str, int], int] = {}
-    for steps in STEPS:
-        while len(krylov) < steps:
-            krylov.grow()
-        values = torch.linalg.eigvalsh(krylov.matrix[:steps, :steps])
-        for criterion in CRITERIA:
-            for end in (1, 0):  # of truth, and -1 and 0 of the values
-                unit = scale if criterion == "largest" else abs(truth[end])
-                if abs(float(values[-end]) - truth[end]) <= ENDS_TOLERANCE * unit:
-                    found.setdefault((criterion, end), steps)
-        if len(found) == 4:
-            break
-    return {criterion: [found.get((criterion, end), STEPS[-1]) for end in (1, 0)] for criterion in CRITERIA}
 
 
 def _share(of: Any) -> float:
