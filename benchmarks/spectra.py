@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ CRITERIA = ("largest", "each")
 REPEATS = {"mlp": 5, "cnn": 1, "gpt": 1}
 
 Row = dict[str, Any]
+Seconds = dict[str, float | None]  # of a run of ours, by criterion; None where it was wrong
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Bench:
 
     @functools.cached_property
     def reference(self) -> tuple[np.ndarray, np.ndarray]:
+        report(f"{self.given.name}: reference")
         return self.given.reference()
 
     @functools.cached_property
@@ -105,12 +107,12 @@ def errors(values: Sequence[float], truth: Sequence[float]) -> dict[str, float]:
 def compare(
     bench: Bench,
     setting: Setting,
-    ours: Callable[[int], dict[str, float]],
+    ours: Callable[[int], Seconds],
     seeds: Iterator[int],
     truth: Sequence[float],
     tolerance: float,
 ) -> Row:
-    """A peer at one setting, each of its runs right after ours from the same seed."""
+    """A peer at one setting, each of its runs right after ours from the same seed; ratios need ours to be right."""
     row: Row = {"tool": setting.tool, "setting": setting.label, "stops": setting.stops}
     pairs, answers, used = [], [], []
     repeats = 1 if bench.quick else min(setting.most, max(setting.least, bench.repeats))
@@ -131,7 +133,7 @@ def compare(
         "seeds": used,
         "seconds": [theirs for _, theirs in pairs],
         "ours": {c: [mine[c] for mine, _ in pairs] for c in CRITERIA},
-        "ratio": {c: statistics.median(theirs / mine[c] for mine, theirs in pairs) for c in CRITERIA},
+        "ratio": {c: _median([theirs / mine[c] for mine, theirs in pairs if mine[c]]) for c in CRITERIA},
         "error": worst,
         "right": {criterion: worst[criterion] <= tolerance for criterion in CRITERIA},
         "products": [answer.products for answer in answers],
@@ -164,7 +166,7 @@ class Starts:
         self.runs: list[Start] = []
         self.minima: dict[int, dict[str, int | None]] = {}
 
-    def __call__(self, seed: int) -> dict[str, float]:
+    def __call__(self, seed: int) -> Seconds:
         """Seconds of one more run, with all that a user's call does."""
         vectors: list[Tensor] = []
         images: list[Tensor] = []
@@ -195,7 +197,8 @@ class Starts:
                 converged=found.converged,
             )
         )
-        return dict.fromkeys(CRITERIA, seconds)
+        wrong_by = self.runs[-1].errors
+        return {c: seconds if wrong_by[c] <= TOP_TOLERANCE else None for c in CRITERIA}
 
     def told(self, seed: int, criterion: str, more: int) -> list[int]:
         """The steps that suffice from this start, and `more`; peers that draw it alike span the same space."""
@@ -229,7 +232,7 @@ class Starts:
         starts = self.runs
         result: Row = {
             "starts": len(starts),
-            "seeds": [start.seed for start in starts],
+            "runs": [asdict(start) for start in starts],
             "converged": _share(start.converged for start in starts),
             "bars_held": _share(start.bars_held for start in starts),
             "products": [start.products for start in starts],
@@ -329,13 +332,11 @@ class Ends:
         self.tolerances = self._tolerances()
         self.runs: dict[str, list[Row]] = {criterion: [] for criterion in CRITERIA}
 
-    def __call__(self, seed: int) -> dict[str, float]:
+    def __call__(self, seed: int) -> Seconds:
         """Seconds of one more run for each criterion."""
-        seconds = {}
+        result: Seconds = {}
         for criterion, tol in self.tolerances.items():
-            found, seconds[criterion] = timed(
-                lambda tol=tol: _ends(unstuck.hessian(self.bench.given.objective()), tol, seed)
-            )
+            found, seconds = timed(lambda tol=tol: _ends(unstuck.hessian(self.bench.given.objective()), tol, seed))
             self.runs[criterion].append(
                 {
                     "seed": seed,
@@ -343,10 +344,12 @@ class Ends:
                     "converged": found.converged,
                     "bars_held": bool((np.abs(found.values.numpy() - self.truth) <= found.errors.numpy()).all()),
                     "error": errors(found.values.tolist(), self.truth),
-                    "seconds": seconds[criterion],
+                    "seconds": seconds,
                 }
             )
-        return seconds
+            right = self.runs[criterion][-1]["error"][criterion] <= ENDS_TOLERANCE
+            result[criterion] = seconds if right else None
+        return result
 
     def _tolerances(self) -> dict[str, float]:
         """1e-2 for errors relative to the largest; for those relative to each the loosest decade that is right."""
@@ -403,7 +406,7 @@ def best(rows: Sequence[Row]) -> Row:
     """For each criterion the smallest ratio to ours among the rows that are right, by how they stop."""
     result: Row = {}
     for criterion in CRITERIA:
-        right = [row for row in rows if "failed" not in row and row["right"][criterion]]
+        right = [row for row in rows if row.get("right", {}).get(criterion) and row["ratio"][criterion]]
         itself = [row for row in right if row["stops"] != "told" and not row["tool"].startswith("our ")]
         kinds = {
             "PyHessian": [row for row in right if row["tool"] == "PyHessian"],
@@ -431,6 +434,10 @@ def _settings(tool: str, given: Workload, method: Callable[[Workload], Any], lab
 
 def _ends(H: Operator, tol: float, seed: int) -> Eigenpairs:
     return unstuck.eigenpairs(H, largest=1, smallest=1, tol=tol, generator=torch.Generator().manual_seed(seed))
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _share(of: Any) -> float:
