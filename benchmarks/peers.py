@@ -135,7 +135,8 @@ class PyHessian:
         return Answer(values, orthogonalise.calls, None)
 
     def density(self, *, steps: int, samples: int) -> Quadrature:
-        return Quadrature(*self._begin().density(iter=steps, n_v=samples))
+        nodes, weights = self._begin().density(iter=steps, n_v=samples)
+        return Quadrature(*([[float(x) for x in probe] for probe in part] for part in (nodes, weights)))
 
     def density_mended(self, *, steps: int, samples: int) -> Quadrature:
         """The same with torch.eig, which torch has no more, put back for symmetric matrices."""
@@ -291,7 +292,7 @@ def plain_product(given: Workload, v: Tensor) -> Tensor:
     return total
 
 
-def finite_difference(given: Workload, v: Tensor, *, step: float = 1e-6) -> Tensor:
+def finite_difference(given: Workload, v: Tensor, *, step: float = 1e-9) -> Tensor:
     """The Hessian product in float64 from two gradients, at a distance along v so small that few ReLUs change sides."""
     model = copy.deepcopy(given.model).double()
     batches = [(x.double() if x.is_floating_point() else x, y) for x, y in given.batches]
