@@ -31,6 +31,7 @@ from threadpoolctl import threadpool_limits
 
 import costs
 import spectra
+import unstuck
 from demo import processor
 from peers import versions
 from spectra import CRITERIA, REPEATS, Bench, Row, report
@@ -65,15 +66,20 @@ def main() -> None:
     console.print(f"{bench.given.name}: {bench.given.size} weights, loss over {len(bench.given.batches)} batches")
     for why in bench.absent.values():
         console.print(why)
+    warm_up(bench)
     for part in given.parts or [p for p in PARTS if p != "memory" or given.workload == "cnn"]:
         measure, show = PARTS[part]
         load = os.getloadavg()[0]
-        result = measure(bench)
+        result, taken = spectra.timed(lambda measure=measure: measure(bench))
         report("")
         for shown in (*show(result), *_failures(result["rows"])):
             console.print(shown, soft_wrap=isinstance(shown, str), highlight=False, markup=False)
         if not given.quick:
-            keep(given.workload, part, {"environment": before | {"load_before": round(load, 2)}, **result})
+            keep(
+                given.workload,
+                part,
+                {"environment": before | {"load_before": round(load, 2), "part_took": round(taken)}, **result},
+            )
 
 
 def arguments() -> argparse.Namespace:
@@ -92,6 +98,12 @@ def arguments() -> argparse.Namespace:
         help="let the peers' matrix products take oneDNN, as ours do where it is exact",
     )
     return parser.parse_args()
+
+
+def warm_up(bench: Bench) -> None:
+    """What a process does once, as the trial of matrix products, belongs to no run."""
+    H = unstuck.hessian(bench.given.objective())
+    H @ torch.zeros(H.size)
 
 
 def environment(given: argparse.Namespace) -> Row:
