@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+BENCH := .venv-bench
 # A second thread costs more than it gives on networks as small as these.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format clinic clean
+.PHONY: demo test check format clinic bench clean
 
 demo: $(READY)
 	$(BIN)/unstuck demo $(FAULT)
@@ -26,6 +27,16 @@ format: $(READY)
 clinic: $(READY)
 	$(BIN)/python -m clinic
 
+# All networks, or some: make bench ARGS="mlp --quick"
+bench: $(BENCH)/.ready
+	$(BENCH)/bin/python benchmarks/curvature.py $(or $(ARGS),all)
+
+$(BENCH)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
+	test -d $(BENCH) || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0'
+	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[studies]' -r benchmarks/requirements.txt
+	touch $@
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unstuck needs Python 3.11 or newer, got " + sys.version.split()[0] + ": set PYTHON=python3.11")'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -34,4 +45,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache
