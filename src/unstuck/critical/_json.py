@@ -38,6 +38,7 @@ def plain_values(point: CriticalPoint) -> dict[str, Any]:
         "rate_limits": [{"momentum": b, "limit": _number(point.rate_limit(momentum=b))} for b in (0.0, 0.9)],
         "products": point.products,
         "converged": point.converged,
+        "missed": _number(point.missed),
         "words": str(point),
     }
 

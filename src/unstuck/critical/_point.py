@@ -39,6 +39,7 @@ class CriticalPoint:
     zero: float  # an eigenvalue of at most this magnitude counts as zero
     complete: bool
     converged: bool
+    missed: float  # the odds that the random start has hidden an eigenvalue beyond the ends; 0 where `complete`
     positive: Share | None  # the share of positive eigenvalues; None where it was not asked for
     direction: Tensor  # (size,), the unit eigenvector of the smallest eigenvalue
     products: int
@@ -188,6 +189,7 @@ def examine(  # noqa: PLR0913 each with a default that is right most of the time
         zero=zero,
         complete=complete,
         converged=spectrum.converged,
+        missed=min(1.0, spectrum.missed),
         positive=positive[0],
         direction=spectrum.vectors[0],
         products=spectrum.products + (norm > 0) + positive[1],

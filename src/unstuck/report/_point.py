@@ -99,7 +99,8 @@ def _rates(point: CriticalPoint) -> list[Row]:
 
 def _convergence(point: CriticalPoint) -> Text:
     if point.converged:
-        return Text("Hessian products; converged")
+        odds = "" if point.complete else f"; odds of an eigenvalue beyond these: {words.rough(100 * point.missed)} %"
+        return Text(f"Hessian products; converged{odds}")
     return Text("NOT converged: allow more products", "bold red")
 
 
