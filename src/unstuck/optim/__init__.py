@@ -1,7 +1,14 @@
 """Optimisers and schedules that torch lacks, by the conventions of torch.optim; the theory of quadratics."""
 
 from unstuck.optim import quadratics
+from unstuck.optim._course import Course, describe
+from unstuck.optim._schedules import InverseTime, WarmupPlateau, linear_scaling
 
 __all__ = [
+    "Course",
+    "InverseTime",
+    "WarmupPlateau",
+    "describe",
+    "linear_scaling",
     "quadratics",
 ]
