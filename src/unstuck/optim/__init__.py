@@ -3,10 +3,13 @@
 from unstuck.optim import quadratics
 from unstuck.optim._course import Course, describe
 from unstuck.optim._schedules import InverseTime, WarmupPlateau, linear_scaling
+from unstuck.optim._scipy import Minimised, ScipyMinimize
 
 __all__ = [
     "Course",
     "InverseTime",
+    "Minimised",
+    "ScipyMinimize",
     "WarmupPlateau",
     "describe",
     "linear_scaling",
