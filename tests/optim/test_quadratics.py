@@ -117,7 +117,7 @@ def test_eigenvalues_come_from_tensors_ends_eigenpairs_and_critical_points():
     bowl = Term(lambda given: 0.5 * (values * given[0] ** 2).sum(), weight=1)
     point = examine(Objective.of_terms([bowl], {"w": torch.zeros(3, dtype=torch.float64)}))
     assert isinstance(point, CriticalPoint)
-    for spectrum in (values, values.tolist(), (1.0, 9.0), pairs, point):
+    for spectrum in (values, values.tolist(), values.numpy(), (1, 9), pairs, point):
         assert q.condition(spectrum) == pytest.approx(9)
         assert q.gradient_descent(spectrum).rate == pytest.approx(0.2)
 
@@ -125,6 +125,7 @@ def test_eigenvalues_come_from_tensors_ends_eigenpairs_and_critical_points():
 def test_the_condition_number_is_at_least_one_and_infinite_with_a_flat_direction():
     assert q.condition([2.0, 2.0]) == 1
     assert q.condition([0.0, 2.0]) == math.inf
+    assert q.condition([-1e-16, 2.0]) == math.inf  # rounding
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,12 @@ def test_best_steps_grow_as_the_condition_and_with_momentum_as_its_root():
     for tune, power in ((q.gradient_descent, 1), (q.heavy_ball, 0.5), (q.nesterov, 0.5)):
         few, many = (tune([1.0, kappa]).steps(1e-6) for kappa in (1e3, 1e5))
         assert math.log(many / few) / math.log(100) == pytest.approx(power, abs=0.02)
+
+
+def test_the_safe_rate_takes_twice_the_steps_of_the_best():
+    # 003: η = 1/λmax on a condition of 1000
+    slow = float(q.spectral_radius([1e-3, 1.0], 1.0).max())
+    assert math.ceil(math.log(1e-6) / math.log(slow)) == 13809
 
 
 def test_steps_grow_as_the_log_of_the_accuracy():

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
     StepLR,
 )
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from unstuck.optim import InverseTime, WarmupPlateau, describe, linear_scaling
 
@@ -250,6 +251,16 @@ def test_a_course_is_of_the_group_that_was_asked_for():
 def test_the_weights_are_not_copied():
     optimizer = torch.optim.SGD([torch.zeros(1, device="meta", requires_grad=True)], lr=1.0)  # cannot be stepped
     assert describe(InverseTime(optimizer, rate=1.0), 2).total == 1.5
+
+
+def test_hooks_that_watch_all_optimisers_do_not_see_the_copy():
+    seen = []
+    handle = register_optimizer_step_pre_hook(lambda *args: seen.append(args))
+    try:
+        describe(InverseTime(sgd(), rate=1.0), 5)
+    finally:
+        handle.remove()
+    assert seen == []
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def regression(seed=0):
     return model, lambda: nn.functional.mse_loss(model(x), y), (x, y)
 
 
-def test_gradient_and_products_are_in_the_order_of_an_objective():
+def test_gradient_and_products_are_in_the_order_of_an_objective(monkeypatch):
     model, closure, batch = regression()
     objective = Objective(model, lambda m, b: nn.functional.mse_loss(m(b[0]), b[1]), [batch])
     optimizer = ScipyMinimize(model.parameters(), "trust-ncg")
@@ -94,7 +94,7 @@ def test_gradient_and_products_are_in_the_order_of_an_objective():
         seen.update(x=x0, loss=loss, slope=slope, v=v, bent=given["hessp"](x0, v))
         return scipy.optimize.OptimizeResult(x=x0, fun=loss, nit=0, success=True, message="")
 
-    optimizer._minimize = minimize
+    monkeypatch.setattr(scipy.optimize, "minimize", minimize)
     optimizer.step(closure)
     torch.testing.assert_close(torch.from_numpy(seen["x"]), objective.point, rtol=0, atol=0)
     torch.testing.assert_close(torch.from_numpy(seen["slope"]), objective.gradient())
@@ -131,6 +131,17 @@ def test_steps_from_a_restored_state_are_those_of_the_straight_run():
     resumed.step(again)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_copy_of_the_optimiser_goes_the_same_way():
+    w = weights(-1.2, 1.0)
+    optimizer = ScipyMinimize([w], "CG", max_iter=5)
+    twin = copy.deepcopy(optimizer)
+    (v,) = twin.param_groups[0]["params"]
+    twin.step(lambda: rosenbrock(v))
+    assert w.tolist() == [-1.2, 1.0]
+    optimizer.step(lambda: rosenbrock(w))
+    assert torch.equal(v, w)
 
 
 def test_a_sparse_gradient_is_the_dense_one():

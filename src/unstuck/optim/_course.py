@@ -91,20 +91,21 @@ def _followed(schedule: LRScheduler, steps: int, group: int) -> list[float]:
     if not 0 <= group < len(groups):
         raise ValueError(f"group= is one of the {len(groups)} of the optimiser, from 0, got {group}")
     own = _Still([{"params": [torch.zeros(1)], "lr": 0.0} for _ in groups], {})
-    LambdaLR(own, lambda _: 1.0)  # makes `own` count its steps, which schedules look at
+    LambdaLR(own, lambda _: 1.0)  # schedules look at what the first of them leaves on an optimiser
     for mine, theirs in zip(own.param_groups, groups, strict=True):
         mine.update(copy.deepcopy({key: value for key, value in theirs.items() if key != "params"}))
     twin = copy.deepcopy(schedule, {id(schedule.optimizer): own})
     rates = []
     for _ in range(steps):
         rates.append(float(own.param_groups[group]["lr"]))
-        own.step()
         twin.step()
     return rates
 
 
 class _Still(Optimizer):
     """An optimiser that has rates and changes nothing."""
+
+    _opt_called = True  # as step() would leave it, but without the hooks that watch all optimisers
 
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         pass

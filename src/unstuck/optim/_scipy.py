@@ -57,6 +57,8 @@ class ScipyMinimize(Optimizer):
     tensor([1., 1.], dtype=torch.float64)
     """
 
+    last: Minimised | None = None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -74,9 +76,8 @@ class ScipyMinimize(Optimizer):
             raise ValueError(f"at least one iteration is needed, got max_iter={max_iter}")
         if tol is not None and not tol > 0:
             raise ValueError(f"a tolerance is positive, got tol={tol}")
-        self._minimize = _scipy().minimize
+        _scipy()
         super().__init__(params, {"method": method, "max_iter": max_iter, "tol": tol, "options": dict(options or {})})
-        self.last: Minimised | None = None
         weights = self._weights()
         size = sum(w.numel() for w in weights)
         if method in _SQUARE and 8 * size**2 > memory:
@@ -125,7 +126,7 @@ class ScipyMinimize(Optimizer):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Unknown solver options")
             try:
-                return self._minimize(
+                return _scipy().minimize(
                     function.value_and_gradient,
                     start,
                     jac=True,

@@ -159,7 +159,7 @@ class Tuned:
             raise ValueError(f"the error is a share of that at the start between 0 and 1, got {error}")
         if self.factor == 0:
             return 1
-        return math.ceil(math.log(error) / math.log(self.factor) - 1e-9)
+        return math.ceil(math.log(error) / math.log(self.factor) - 1e-9)  # a whole number may come out just above
 
 
 def gradient_descent(spectrum: _Spectrum) -> Tuned:
@@ -313,8 +313,8 @@ def strongly_convex_bound(
 
 
 def _eigenvalues(spectrum: _Spectrum) -> Tensor:
-    held = spectrum if isinstance(spectrum, (Tensor, Sequence)) else spectrum.values
-    values = held if isinstance(held, Tensor) else torch.tensor(held, dtype=torch.float64)
+    held = spectrum if isinstance(spectrum, Tensor) else getattr(spectrum, "values", spectrum)
+    values = held if isinstance(held, Tensor) else torch.as_tensor(held, dtype=torch.float64)
     if values.dim() != 1 or not len(values) or not values.is_floating_point() or not values.isfinite().all():
         raise ValueError(
             f"finite real eigenvalues of shape (n,) are needed, got {values.dtype} {tuple(values.shape)}: of a matrix "
@@ -325,11 +325,11 @@ def _eigenvalues(spectrum: _Spectrum) -> Tensor:
 
 def _convex(spectrum: _Spectrum) -> Tensor:
     values = _eigenvalues(spectrum)
-    if values.min() < 0:
+    if values.min() < -len(values) * torch.finfo(values.dtype).eps * values.abs().max():
         raise ValueError(
             f"a minimum needs eigenvalues of at least 0, got λmin={float(values.min()):.4g}: step off first"
         )
-    return values
+    return values.clamp(min=0)  # what rounding leaves below
 
 
 def _ends(spectrum: _Spectrum) -> tuple[float, float]:
