@@ -307,3 +307,20 @@ def test_what_a_course_leaves_is_what_torch_leaves_on_a_quadratic():
         schedule.step()
     assert w.item() == pytest.approx(left, rel=1e-12)
     assert left > 0.7  # quadratic decay stops short
+
+
+def test_a_rate_above_the_limit_that_decays_finds_the_lowest_of_many_valleys():
+    # 004, slides 96-98; f = 0.05x² + 0.3cos 3x, whose two lowest valleys are at ±1.01 and hold −0.2469
+    def share(rate, decay):
+        x = torch.linspace(-8, 8, 500, dtype=torch.float64).requires_grad_()
+        optimizer = torch.optim.SGD([x], lr=rate)
+        schedule = ExponentialLR(optimizer, gamma=math.exp(-decay))
+        for _ in range(2000):
+            x.grad = 0.1 * x.detach() - 0.9 * torch.sin(3 * x.detach())
+            optimizer.step()
+            schedule.step()
+        return float((0.05 * x**2 + 0.3 * torch.cos(3 * x) < -0.24).double().mean())
+
+    assert share(0.02, 0) == pytest.approx(0.290, abs=0.03)
+    assert share(1.2, 0) < 0.1
+    assert share(3.0, 0.005) > 0.99

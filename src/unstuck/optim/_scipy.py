@@ -77,14 +77,9 @@ class ScipyMinimize(Optimizer):
         if tol is not None and not tol > 0:
             raise ValueError(f"a tolerance is positive, got tol={tol}")
         _scipy()
-        super().__init__(params, {"method": method, "max_iter": max_iter, "tol": tol, "options": dict(options or {})})
-        weights = self._weights()
-        size = sum(w.numel() for w in weights)
-        if method in _SQUARE and 8 * size**2 > memory:
-            raise ValueError(
-                f"{method} keeps {8 * size**2 / 1e9:.3g} GB for {size} weights, more than memory={memory / 1e9:.3g} "
-                "GB: use L-BFGS-B or trust-krylov, or raise memory"
-            )
+        own = {"method": method, "max_iter": max_iter, "tol": tol, "options": dict(options or {}), "memory": memory}
+        super().__init__(params, own)
+        self._weights()
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Minimises the loss that the closure returns; returns the loss at the start, 0-d."""
@@ -139,17 +134,27 @@ class ScipyMinimize(Optimizer):
                 raise ValueError(f"options= of {method} are those of SciPy, got others: {warning}") from None
 
     def _weights(self) -> list[Tensor]:
-        if len(self.param_groups) > 1:
+        first = self._options(self.param_groups[0])
+        if any(self._options(group) != first for group in self.param_groups[1:]):
             raise ValueError(
-                f"ScipyMinimize takes one group of parameters, got {len(self.param_groups)}: put them in one"
+                "ScipyMinimize needs the same options in all groups, got groups that differ: it sees one vector"
             )
-        weights = [p for p in self.param_groups[0]["params"] if p.requires_grad]
+        weights = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
         if not weights:
             raise ValueError("ScipyMinimize needs a parameter with requires_grad=True, got none: unfreeze one")
         odd = [p.dtype for p in weights if not p.is_floating_point()]
         if odd:
             raise TypeError(f"ScipyMinimize needs real parameters, got {odd[0]}: take torch.view_as_real")
+        size = sum(w.numel() for w in weights)
+        if first["method"] in _SQUARE and 8 * size**2 > first["memory"]:
+            raise ValueError(
+                f"{first['method']} keeps {8 * size**2 / 1e9:.3g} GB for {size} weights, more than "
+                f"memory={first['memory'] / 1e9:.3g} GB: use L-BFGS-B or trust-krylov, or raise memory"
+            )
         return weights
+
+    def _options(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: group[key] for key in ("method", "max_iter", "tol", "options", "memory")}
 
 
 class _Function:
