@@ -58,20 +58,25 @@ def test_a_rate_is_monotone_optimal_oscillating_or_divergent(share, regime, chan
 
 
 @pytest.mark.parametrize(
-    ("second", "rate", "factors", "left"),  # slides 52-53: η* = 1 and .33, then 1 and .91; |w₂| after 100 steps
+    # slides 52-53: η* = 1 and .33, then 1 and .91; |w₂| after 100 steps, and the steps to 10⁻⁶
+    ("second", "rate", "factors", "left", "steps"),
     [
-        (1 / 0.33, 2.1 * 0.33, (0.307, -1.1), 1.4e4),
-        (1 / 0.33, 2.0 * 0.33, (0.34, -1.0), 1),
-        (1 / 0.33, 1.5 * 0.33, (0.505, -0.5), 8e-31),
-        (1 / 0.33, 1.0 * 0.33, (0.67, 0.0), 0),
-        (1 / 0.33, 0.75 * 0.33, (0.7525, 0.25), 6e-61),
-        (1 / 0.91, 1.9 * 0.91, (-0.729, -0.9), 2.7e-5),
+        (1 / 0.33, 2.1 * 0.33, (0.307, -1.1), 1.4e4, math.inf),
+        (1 / 0.33, 2.0 * 0.33, (0.34, -1.0), 1, math.inf),
+        (1 / 0.33, 1.5 * 0.33, (0.505, -0.5), 8e-31, 20.2),
+        (1 / 0.33, 1.0 * 0.33, (0.67, 0.0), 0, 34.5),
+        (1 / 0.33, 0.75 * 0.33, (0.7525, 0.25), 6e-61, 48.6),
+        (1 / 0.91, 1.9 * 0.91, (-0.729, -0.9), 2.7e-5, 131),
     ],
 )
-def test_the_six_cases_of_the_slides_have_their_factors(second, rate, factors, left):
+def test_the_six_cases_of_the_slides_have_their_factors(second, rate, factors, left, steps):
     found = q.regimes([1.0, second], rate)
     assert found.factors.tolist() == pytest.approx(factors, abs=1e-12)
     assert abs(float(found.after(100)[1])) == pytest.approx(left, rel=0.06, abs=1e-99)
+    slowest = float(q.spectral_radius([1.0, second], rate).max())
+    assert found.converges == (steps < math.inf)
+    if found.converges:
+        assert math.log(1e-6) / math.log(slowest) == pytest.approx(steps, abs=0.2)
 
 
 def test_flat_and_rising_directions_have_a_word():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from unstuck.optim import BatchRenorm1d, BatchRenorm2d
@@ -79,6 +80,28 @@ def test_evaluation_changes_no_statistics_and_does_not_mix_examples():
 
 def test_without_affine_there_is_nothing_to_train():
     assert not list(BatchRenorm2d(3, affine=False).parameters())
+
+
+@pytest.mark.slow
+def test_with_two_examples_in_a_batch_it_learns_what_batch_norm_does_not():
+    # lecture 002: digits, B = 2; only the ordering is asserted
+    x, y = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y = x[order].float() / 16, y[order]
+    accuracy = {}
+    for norm in (nn.BatchNorm1d, BatchRenorm1d):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Linear(64, 64), norm(64), nn.ReLU()), *(nn.Linear(64, 64), norm(64), nn.ReLU()), nn.Linear(64, 10)
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(3):
+            for batch in torch.randperm(1200).split(2):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[batch]), y[batch]).backward()
+                optimizer.step()
+        accuracy[norm] = float((model.eval()(x[1200:]).argmax(1) == y[1200:]).float().mean())
+    assert accuracy[BatchRenorm1d] > accuracy[nn.BatchNorm1d] + 0.1
 
 
 @pytest.mark.parametrize(
