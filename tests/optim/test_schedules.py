@@ -289,6 +289,11 @@ def test_the_power_of_inverse_time_is_known_after_one_step(power):
     assert (course.power, course.reaches, course.settles) == (power, power <= 1, power > 0.5)
 
 
+def test_an_exponential_stops_short_however_slow_it_is():
+    course = describe(ExponentialLR(sgd(), gamma=0.999999), 10)
+    assert (course.power, course.reaches, course.settles) == (math.inf, False, True)
+
+
 def test_few_steps_do_not_tell():
     course = describe(lambda k: 1 / (k + 1), 10)
     assert course.reaches is None

@@ -189,6 +189,30 @@ def test_a_closure_that_raises_leaves_the_weights_as_they_were():
     assert w.tolist() == [-1.2, 1.0]
 
 
+def test_a_closure_that_moves_the_weights_is_refused_and_they_are_put_back():
+    w = weights(-1.2, 1.0)
+
+    def closure():
+        with torch.no_grad():
+            w.mul_(2)
+        return rosenbrock(w)
+
+    with pytest.raises(ValueError, match="leave the parameters alone"):
+        ScipyMinimize([w], "BFGS").step(closure)
+    assert w.tolist() == [-1.2, 1.0]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("method", ["BFGS", "CG", "trust-ncg"])
+def test_a_loss_without_a_bottom_does_not_carry_the_weights_to_infinity(method):
+    w = weights(1.0, 2.0, dtype=torch.float32)
+    optimizer = ScipyMinimize([w], method, max_iter=1000)
+    optimizer.step(lambda: -(w**4).sum())
+    assert bool(w.isfinite().all())
+    assert optimizer.last.loss == pytest.approx(-(w.detach() ** 4).sum().item())
+    assert not optimizer.last.converged
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ExponentialLR, LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from unstuck.optim._schedules import InverseTime
 
@@ -48,10 +48,10 @@ def describe(schedule: LRScheduler | Callable[[int], float], steps: int, *, grou
     function of the step, from 0. The schedule and its optimiser are not stepped: a copy on parameters of its own is.
     One that waits for losses has no course of its own and is refused.
 
-    Reaching (Ση = ∞) and settling (Ση² < ∞) are statements about steps that are not taken (Robbins and Monro 1951). The
-    power of InverseTime is known; of others it is read off the means of log η over the last half, quarter and eighth
-    of the steps, with a shift k₀ of (k + k₀)^(−p) removed: so give as many steps as show how it goes on. Lecture 004,
-    slide 99.
+    Reaching (Ση = ∞) and settling (Ση² < ∞) are statements about steps that are not taken (Robbins and Monro 1951).
+    The power of InverseTime and of ExponentialLR is known; of others it is read off the means of log η over the last
+    half, quarter and eighth of the steps, with a shift k₀ of (k + k₀)^(−p) removed: so give as many steps as show how
+    it goes on. Lecture 004, slide 99.
 
     >>> print(describe(lambda k: 1 / (k + 1) ** 2, 1000))
     1000 steps from η = 1 to 1e-06: Ση = 1.643935, Ση² = 1.082323 (can reach: no, can settle: yes)
@@ -63,6 +63,8 @@ def describe(schedule: LRScheduler | Callable[[int], float], steps: int, *, grou
         rates = _followed(schedule, steps, group)
         if isinstance(schedule, InverseTime):
             known = float(schedule.power) if schedule.rate else 0.0
+        elif isinstance(schedule, ExponentialLR):
+            known = math.inf if schedule.gamma < 1 else 0.0
     elif callable(schedule):
         rates = [float(schedule(k)) for k in range(steps)]
     else:

@@ -95,7 +95,7 @@ class ScipyMinimize(Optimizer):
             found = self._run(function, start, group)
             end = found.x if np.isfinite(found.x).all() and math.isfinite(found.fun) else start
         except BaseException:
-            function.write(start)
+            function.restore(start)
             raise
         function.write(end)
         loss, slope = function.value_and_gradient(end)
@@ -179,6 +179,10 @@ class _Function:
         with torch.no_grad():
             for w, piece in zip(self.weights, self._pieces(x), strict=True):
                 w.copy_(piece)
+
+    def restore(self, x: np.ndarray) -> None:
+        self._here = None  # a closure that writes into the weights may have moved them
+        self.write(x)
 
     def value_and_gradient(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         if self._known is None or not np.array_equal(self._known[0], x):
