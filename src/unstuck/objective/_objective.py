@@ -246,11 +246,13 @@ class Objective:
 
         def weighted() -> Tensor:
             total = torch.zeros_like(self._point)
+            pieces = total.split([shape.numel() for shape in self.shapes])
             for term, part in zip(self._divided(self._leaves), parts(), strict=True):
-                total.add_(self._flatten(part), alpha=term.weight)
+                for piece, x in zip(pieces, part, strict=True):  # never flat: that would be one copy more
+                    piece.add_(x.reshape(-1).to(total), alpha=term.weight)
             return total
 
-        return _ranks.total(weighted, self._point, self._group, mark=mark) / self.weight
+        return _ranks.total(weighted, self._point, self._group, mark=mark).div_(self.weight)
 
 
 def _chunks(divided: Division, leaves: Sequence[Tensor], first: int) -> list[Chunk]:
