@@ -9,7 +9,7 @@ from torch import Tensor
 from unstuck.curvature._likelihood import LIKELIHOODS, Prediction, prediction
 from unstuck.curvature._operator import Operator, Where, operator_of
 from unstuck.curvature._outputs import LOSSES, SOFTENED, Cut, Function, cut_at
-from unstuck.objective import Chunk, Linear, Objective, along, gradient_of, second_derivatives
+from unstuck.objective import Chunk, Linear, Objective, along, gradient_of, origins, second_derivatives
 
 Tangents = Sequence[Tensor]  # of the outputs, one a cut
 Metric = Callable[[Tensor, Sequence[Cut], int], Callable[[Tangents], Tangents]]  # of a loss, its cuts and its index
@@ -32,7 +32,7 @@ def gauss_newton(objective: Objective, *, where: Where | None = None) -> Operato
     def metric(loss: Tensor, cuts: Sequence[Cut], index: int) -> Callable[[Tangents], Tangents]:
         leaves = [cut.leaf for cut in cuts]
         slopes = gradient_of(loss, leaves, create_graph=True)
-        return functools.partial(along, slopes, leaves)
+        return functools.partial(along, origins(slopes), leaves)
 
     return _operator(objective, where, LOSSES | SOFTENED, metric)
 
@@ -109,7 +109,9 @@ def _pulled_back(chunk: Chunk, *, functions: Collection[Function], metric: Metri
         bend = metric(loss, cuts, chunk.index)
         # the gradient of ⟨z, w⟩ is Jᵀ w; its derivative along v, in w, is J v
         weights = [torch.zeros_like(z, requires_grad=True) for z in outputs]
-        pulled = torch.autograd.grad(outputs, chunk.leaves, weights, create_graph=True, materialize_grads=True)
+        flat = torch.autograd.grad(outputs, chunk.leaves, weights, create_graph=True, materialize_grads=True)
+        pulled = origins(flat)
+        del flat  # one number a weight
 
     def apply(directions: Sequence[Tensor]) -> Sequence[Tensor]:
         bent = bend(along(pulled, weights, directions))

@@ -13,7 +13,7 @@ from unstuck.objective._chunks import Chunk, Graphs, Linear, Plan
 from unstuck.objective._division import Division
 from unstuck.objective._matmul import fast_matmul
 from unstuck.objective._model import batch_terms, examples, unwrapped
-from unstuck.objective._term import Term, along, gradient_of, second_derivatives
+from unstuck.objective._term import Term, along, gradient_of, origins, second_derivatives
 
 
 class Objective:
@@ -271,7 +271,7 @@ def _finite(loss: Tensor) -> Tensor:
 def _hessian_of(chunk: Chunk) -> Linear:
     loss = chunk.loss()
     with fast_matmul(), second_derivatives():
-        slopes = gradient_of(loss, chunk.leaves, create_graph=True)
+        slopes = origins(gradient_of(loss, chunk.leaves, create_graph=True))
     return Linear(functools.partial(along, slopes, chunk.leaves), slopes)
 
 
