@@ -118,6 +118,13 @@ def exponent(cases: list[dict[str, Any]], least: float) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
+def bound(cases: list[dict[str, Any]]) -> dict[str, int]:
+    """What no peak is above: gradients · (rows + constant) + the libraries' and the activations' own megabytes."""
+    constant = math.ceil(max(case["beside_rows"] for case in cases if case["parameters"] > 5e7))
+    fixed = (case["peak_mb"] - 4e-6 * case["parameters"] * (case["rows"] + constant) for case in cases)
+    return {"constant": constant, "fixed_mb": math.ceil(max(0.0, *fixed))}
+
+
 def show(cases: list[dict[str, Any]]) -> None:
     table = Table("parameters", "memory=", "gradient, s", "product, s", "ratio", "λmax", "products", "s", "rows")
     table.add_column("peak, gradients")
@@ -154,7 +161,7 @@ def main() -> None:
         "tolerance": TOL,
         "cases": cases,
         "exponent": {"from 1e5": exponent(cases, 0), "from 1e6": exponent(cases, 5e5)},
-        "constant": math.ceil(max(case["beside_rows"] for case in cases if case["parameters"] > 5e7)),
+        "bound": bound(cases),
         "environment": {
             "processor": processor(),
             "processors": os.cpu_count(),
@@ -167,7 +174,8 @@ def main() -> None:
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     show(cases)
     print(f"seconds of a product grow as parameters to the power of {result['exponent']['from 1e6']:.2f} from 10⁶ on")
-    print(f"peak memory at 10⁸ parameters: the gradient's, times rows of the basis + {result['constant']}")
+    most = result["bound"]
+    print(f"peak memory ≤ gradient · (rows of the basis + {most['constant']}) + {most['fixed_mb']} MB")
     off = 1 - found["value"] / longer["value"]
     print(f"λmax after {longer['products']} products {longer['value']:.4g}: to 5 % it was {100 * off:.2g} % lower")
 
