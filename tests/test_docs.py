@@ -268,7 +268,8 @@ def test_the_products_of_tracking_on_the_page_are_the_measured_ones():
         told = [network["ways"][way] for network in networks]
         medians = "{:g}, {:g} and {:g} products".format(*(t["products_median"] for t in told))
         wrong = sum(len(t["wrong_at"]) for t in told)
-        said = f"{medians}; {wrong} of {asked} answers were off by more, by up to {100 * max(t['worst'] for t in told):.0f} %"
+        worst = 100 * max(t["worst"] for t in told)
+        said = f"{medians}; {wrong} of {asked} answers were off by more, by up to {worst:.0f} %"
         assert said in " ".join(CURVATURE.split()), f"the page must say of {way}: {said}"
 
 
