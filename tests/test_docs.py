@@ -256,6 +256,37 @@ def test_the_time_and_memory_in_the_readme_are_the_measured_ones():
     assert said in " ".join(README.split()), f"the README must say: {said}"
 
 
+def test_the_products_of_tracking_on_the_page_are_the_measured_ones():
+    place = ROOT / "benchmarks/tracking.json"
+    if not place.is_file():
+        pytest.skip("tracking has not been measured yet")
+    measured = json.loads(place.read_text(encoding="utf-8"))
+    networks = list(measured["networks"].values())
+    asked = sum(measured["points"] * network["starts"] for network in networks)
+    assert len(networks) == 3, "the page tells of three"
+    for way in ("cold", "both", "warm"):
+        told = [network["ways"][way] for network in networks]
+        medians = "{:g}, {:g} and {:g} products".format(*(t["products_median"] for t in told))
+        wrong = sum(len(t["wrong_at"]) for t in told)
+        worst = 100 * max(t["worst"] for t in told)
+        said = f"{medians}; {wrong} of {asked} answers were off by more, by up to {worst:.0f} %"
+        assert said in " ".join(CURVATURE.split()), f"the page must say of {way}: {said}"
+
+
+def test_the_cost_of_a_large_network_on_the_page_is_the_measured_one():
+    place = ROOT / "benchmarks/scale.json"
+    if not place.is_file():
+        pytest.skip("scale has not been measured yet")
+    measured = json.loads(place.read_text(encoding="utf-8"))
+    case, most = measured["cases"][3], measured["bound"]  # 10⁸ parameters, default memory
+    assert case["parameters"] > 9e7 and case["memory"] == 4e9
+    for said in (
+        f"{case['top']['products']} products, {case['top']['seconds']:.0f} seconds and {case['peak_mb'] / 1e3:.1f} GB",
+        f"(rows of the basis + {most['constant']}) + {most['fixed_mb']} MB",
+    ):
+        assert said in " ".join(CURVATURE.split()), f"the page must say: {said}"
+
+
 def test_the_names_on_the_pages_can_be_imported_from_the_package():
     used = set(re.findall(r"unstuck\.(\w+)\(", README + CURVATURE))
     operators = set(re.findall(r"^\| `(\w+)\(", CURVATURE, flags=re.M))

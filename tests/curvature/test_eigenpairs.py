@@ -210,6 +210,20 @@ def test_a_warm_start_saves_products_and_follows_eigenvalues_that_cross():
     assert sum(products) < 0.85 * sum(cold)
 
 
+def test_two_starts_of_one_direction_help_whatever_their_signs():
+    true = torch.cat([torch.randn(3000, generator=seeded(), dtype=torch.float64) * 0.2, torch.tensor([1.0]).double()])
+    near = torch.zeros(2, 3001, dtype=torch.float64)
+    near[:, -1] = 1
+    near[0, 0] = 0.1
+    options = {"largest": 1, "smallest": 0, "tol": 1e-3}
+    same, opposite = (
+        eigenpairs(diagonal(true), start=start, generator=seeded(1), **options)
+        for start in (near, torch.stack([near[0], -near[1]]))
+    )
+    assert float(opposite.values[0]) == pytest.approx(1, abs=1e-3)
+    assert opposite.products == same.products < eigenpairs(diagonal(true), generator=seeded(1), **options).products
+
+
 def test_starts_that_fit_no_vector_are_refused():
     with pytest.raises(ValueError, match="finite vectors of length 5"):
         eigenpairs(diagonal(torch.ones(5)), start=torch.ones(4))

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from unstuck.objective import _division
+from unstuck.objective import _division, _objective
 from unstuck.objective._chunks import graph_storages
 from unstuck.objective._matmul import fast_matmul
 from unstuck.objective._objective import Objective, Term
+from unstuck.objective._term import gradient_of
 
 
 def network(seed=0):
@@ -54,6 +55,21 @@ def test_the_measured_bytes_of_a_graph_are_those_that_autograd_saves():
     expected, slopes = hooked_bytes(model, data())
     measured = sum(graph_storages(slopes, list(model.parameters())).values())
     assert abs(measured - expected) <= 64  # a scalar or two, which the hooks see as copies
+
+
+def test_kept_graphs_hold_no_gradients(monkeypatch):
+    gradients = []
+
+    def watched(*args, **options):
+        found = gradient_of(*args, **options)
+        gradients.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(_objective, "gradient_of", watched)
+    objective = Objective(network(), cross_entropy, batches(200), memory=1e9)
+    objective.product(torch.ones(objective.size))
+    assert objective.plan is not None and objective.plan.kept == len(objective.terms)
+    assert gradients and not any(alive() is not None for alive in gradients)
 
 
 @pytest.mark.parametrize("memory", [1e9, 390e3, 350e3])

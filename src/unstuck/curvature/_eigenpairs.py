@@ -197,7 +197,9 @@ def _spread(count: int, largest: int, smallest: int) -> list[int]:
 def _warm(A: Operator, start: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
     if start is None:
         return None
-    vector = torch.atleast_2d(start).sum(0).to(A.device, A.dtype)
+    rows = torch.atleast_2d(start).to(A.device, A.dtype)
+    signs = (rows @ rows[:1].sum(0) >= 0).to(A.dtype) * 2 - 1  # of one direction, or two vectors of it could cancel
+    vector = signs @ rows
     if vector.shape != (A.size,) or not vector.isfinite().all():
         raise ValueError(f"start needs finite vectors of length {A.size}, one a row, got shape {tuple(start.shape)}")
     drawn = torch.randn(A.size, generator=generator, dtype=A.dtype, device=A.device)

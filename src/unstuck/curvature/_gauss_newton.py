@@ -19,6 +19,7 @@ from unstuck.objective import (
     check_custom,
     check_linear,
     gradient_of,
+    origins,
     second_derivatives,
 )
 
@@ -51,7 +52,7 @@ def gauss_newton(objective: Objective, *, where: Where | None = None) -> Operato
         leaves = [cut.leaf for cut in cuts]
         slopes = gradient_of(loss, leaves, create_graph=True)
         check_custom(loss, leaves, elsewhere(chunk), seen)
-        return functools.partial(along, slopes, leaves)
+        return functools.partial(along, origins(slopes), leaves)
 
     return _operator(objective, where, known, metric)
 
@@ -131,7 +132,9 @@ def _pulled_back(chunk: Chunk, *, functions: Collection[Function], metric: Metri
         bend = metric(loss, cuts, chunk)
         # the gradient of ⟨z, w⟩ is Jᵀ w; its derivative along v, in w, is J v
         weights = [torch.zeros_like(z, requires_grad=True) for z in outputs]
-        pulled = torch.autograd.grad(outputs, chunk.leaves, weights, create_graph=True, materialize_grads=True)
+        flat = torch.autograd.grad(outputs, chunk.leaves, weights, create_graph=True, materialize_grads=True)
+        pulled = origins(flat)
+        del flat  # one number a weight
         check_linear(outputs, seen)
 
     def apply(directions: Sequence[Tensor]) -> Sequence[Tensor]:

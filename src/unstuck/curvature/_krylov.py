@@ -9,6 +9,8 @@ from torch import Tensor
 
 from unstuck.curvature._operator import Operator, draws
 
+_COLUMNS = 2**20  # of the basis, that are replaced at a time
+
 
 @dataclass(frozen=True, eq=False)
 class Ritz:
@@ -68,6 +70,7 @@ class Krylov:
             self.start = torch.nn.functional.one_hot(torch.tensor(self.block)).double()
         count = len(self)
         self.basis[count] = self.next
+        self.next = self.basis[count]  # held once: vectors may be large
         self.matrix[count, :count] = self.matrix[:count, count] = self.links
         product = self.A @ self.next
         diagonal = float(self.A.dot(self.next, product))
@@ -81,17 +84,19 @@ class Krylov:
         self.links = torch.zeros(count + 1, dtype=torch.float64)
         self.start = torch.nn.functional.pad(self.start, (0, count + 1 - len(self.start)))
         rest, norm = self._orthogonal(product)
+        del product
         self.magnitude = max(self.magnitude, abs(diagonal))
         if norm <= self.rounding * self.magnitude or len(self) == self.A.size:
             norm = 0.0
         self.links[count] = norm
         self.magnitude = max(self.magnitude, norm)
-        self.next = rest / norm if norm else rest
+        self.next = rest.div_(norm) if norm else rest
 
     def compress(self, ritz: Ritz, kept: Sequence[int]) -> None:
         """Replaces the basis by some of its Ritz vectors; what is known of the others is forgotten."""
         coordinates = ritz.vectors[:, kept]
-        self.basis[: len(kept)] = self.combine(coordinates)
+        for columns in self.basis.split(_COLUMNS, dim=1):
+            columns[: len(kept)] = coordinates.T.to(columns) @ columns[: len(self)]
         self.matrix.zero_()
         self.matrix[range(len(kept)), range(len(kept))] = ritz.values[kept]
         self.links, self.start = self.links @ coordinates, self.start @ coordinates
@@ -152,14 +157,15 @@ class Krylov:
     def _random(self) -> Tensor:
         drawn = torch.randn(self.A.size, generator=self.generator, dtype=self.A.dtype, device=self.A.device)
         vector, norm = self._orthogonal(drawn)
-        return vector / norm
+        return vector.div_(norm)
 
     def _orthogonal(self, vector: Tensor) -> tuple[Tensor, float]:
         """What of a vector lies outside the basis, and its norm."""
         known = self.basis[: len(self)]
         norm = float(self.A.dot(vector, vector)) ** 0.5
+        vector = vector.clone()  # what a product returns may be its operator's own
         for _ in range(3):
-            vector = vector - self.A.dot(known, vector) @ known
+            vector.addmv_(known.T, self.A.dot(known, vector), alpha=-1)
             before, norm = norm, float(self.A.dot(vector, vector)) ** 0.5
             if norm > 0.7 * before:  # otherwise the pass cancelled, and left the rounding of the larger part behind
                 break

@@ -9,7 +9,7 @@ from unstuck.objective._objective import Objective
 from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, tensors
 from unstuck.objective._recorder import Recorder
 from unstuck.objective._tapefile import pack, unpack
-from unstuck.objective._term import Term, along, gradient_of, nodes_behind, second_derivatives
+from unstuck.objective._term import Origin, Term, along, gradient_of, nodes_behind, origins, second_derivatives
 
 __all__ = [
     "Chunk",
@@ -17,6 +17,7 @@ __all__ = [
     "Instruction",
     "Linear",
     "Objective",
+    "Origin",
     "Plan",
     "Program",
     "Recorder",
@@ -33,6 +34,7 @@ __all__ = [
     "examples",
     "gradient_of",
     "nodes_behind",
+    "origins",
     "pack",
     "second_derivatives",
     "tensors",

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unstuck.objective._term import nodes_behind
+from unstuck.objective._term import Origin, nodes_behind
 
 Directions = Sequence[Tensor]  # one tensor a parameter
 
@@ -37,7 +37,7 @@ class Linear:
     """A linear map on directions that was read off a graph, which lives as long as the map does."""
 
     apply: Callable[[Directions], Directions]
-    roots: Sequence[Tensor]  # from which the whole graph can be reached
+    roots: Sequence[Tensor | Origin]  # from which the whole graph can be reached
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Graphs:
             )
 
 
-def graph_storages(roots: Sequence[Tensor], leaves: Sequence[Tensor] = ()) -> Mapping[int, int]:
+def graph_storages(roots: Sequence[Tensor | Origin], leaves: Sequence[Tensor] = ()) -> Mapping[int, int]:
     """The bytes of each storage that the graph behind `roots` holds, by address; those of the leaves apart."""
     known = {leaf.untyped_storage().data_ptr() for leaf in leaves}
     held: dict[int, int] = {}

@@ -21,6 +21,7 @@ from unstuck.objective._term import (
     along,
     check_mode,
     gradient_of,
+    origins,
     second_derivatives,
 )
 
@@ -274,12 +275,14 @@ class Objective:
 
         def weighted() -> Tensor:
             total = torch.zeros_like(self._point)
+            pieces = total.split([shape.numel() for shape in self.shapes])
             for term, part in zip(self._divided(self._leaves), parts(), strict=True):
-                total.add_(self._flatten(part), alpha=term.weight)
+                for piece, x in zip(pieces, part, strict=True):  # never flat: that would be one copy more
+                    piece.add_(x.reshape(-1).to(total), alpha=term.weight)
             self._check_leaves()
             return total
 
-        return _ranks.total(weighted, self._point, self._group, mark=mark) / self.weight
+        return _ranks.total(weighted, self._point, self._group, mark=mark).div_(self.weight)
 
 
 def _chunks(divided: Division, leaves: Sequence[Tensor], first: int) -> list[Chunk]:
@@ -311,7 +314,7 @@ def _unwritten(apply: Callable[[Sequence[Tensor]], Sequence[Tensor]], directions
 def _hessian_of(chunk: Chunk, *, seen: set[type]) -> Linear:
     loss = chunk.loss()
     with fast_matmul(), second_derivatives():
-        slopes = gradient_of(loss, chunk.leaves, create_graph=True)
+        slopes = origins(gradient_of(loss, chunk.leaves, create_graph=True))
         check_custom(loss, chunk.leaves, ((chunk.at(side), side) for side in both_sides(chunk.leaves)), seen)
     return Linear(functools.partial(along, slopes, chunk.leaves), slopes)
 

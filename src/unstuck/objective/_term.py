@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
 WRITTEN_PARAMETERS = (
@@ -17,6 +18,8 @@ WRITTEN_BATCH = (
     "an objective needs its batches as they were when it was built, got one that was written into: pass copies, or "
     "build the objective anew"
 )
+
+Origin = GradientEdge | None  # where in a graph a tensor comes from; None for a constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +63,14 @@ def gradient_of(loss: Tensor, leaves: Sequence[Tensor], *, create_graph: bool = 
     return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True)]
 
 
-def along(slopes: Sequence[Tensor], leaves: Sequence[Tensor], directions: Sequence[Tensor]) -> Sequence[Tensor]:
+def origins(tensors: Sequence[Tensor]) -> list[Origin]:
+    """Where tensors come from: enough to differentiate them, while their numbers, one a weight, can be forgotten."""
+    return [get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in tensors]
+
+
+def along(slopes: Sequence[Origin], leaves: Sequence[Tensor], directions: Sequence[Tensor]) -> Sequence[Tensor]:
     """The gradient of ⟨slopes, directions⟩; with those of a loss it is, by symmetry, the curvature along them."""
-    curved = [(s, d) for s, d in zip(slopes, directions, strict=True) if s.requires_grad]
+    curved = [(s, d) for s, d in zip(slopes, directions, strict=True) if s is not None]
     if not curved:  # they are constant
         return [torch.zeros_like(leaf) for leaf in leaves]
     slopes, ways = zip(*curved, strict=True)
@@ -109,10 +117,10 @@ def _check_functions(loss: Tensor, *, twice: bool) -> None:
             raise RuntimeError(f"{function.__name__} is marked with @once_differentiable")
 
 
-def nodes_behind(roots: Sequence[Tensor]) -> Iterator[torch.autograd.graph.Node]:
+def nodes_behind(roots: Sequence[Tensor | Origin]) -> Iterator[torch.autograd.graph.Node]:
     """The nodes of the graph that leads to the roots, each once."""
     seen = set()
-    waiting = [root.grad_fn for root in roots]
+    waiting = [root.grad_fn if isinstance(root, Tensor) else root and root.node for root in roots]
     while waiting:
         node = waiting.pop()
         if node is not None and node not in seen:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from unstuck.objective import Term, along, gradient_of, second_derivatives
+from unstuck.objective import Origin, Term, along, gradient_of, origins, second_derivatives
 
 _FIRST = ("BFGS", "L-BFGS-B", "CG")
 _PRODUCTS = ("Newton-CG", "trust-ncg", "trust-krylov", "trust-constr")
@@ -167,7 +167,7 @@ class _Function:
         self._sizes = [w.numel() for w in weights]
         self._known: tuple[np.ndarray, float, np.ndarray] | None = None
         self._here: np.ndarray | None = None  # where the weights are
-        self._slopes: list[Tensor] | None = None  # there, with their graph, which moving the weights would spoil
+        self._slopes: list[Origin] | None = None  # there, with their graph, which moving the weights would spoil
 
     def read(self) -> np.ndarray:
         return _flat(self.weights)
@@ -197,7 +197,7 @@ class _Function:
             loss = self._loss(x)
             self.evaluations += 1
             with second_derivatives():
-                self._slopes = self._gradient(loss, create_graph=True)
+                self._slopes = origins(self._gradient(loss, create_graph=True))
         self.products += 1
         with second_derivatives():
             return _flat(along(self._slopes, self.weights, self._pieces(v)))
