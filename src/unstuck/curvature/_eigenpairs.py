@@ -94,7 +94,7 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
         if not (last or krylov.full or _worth_a_look(len(krylov), pairs)):
             continue
         ritz = krylov.ritz()
-        errors, done = settled(ritz)
+        errors, done = settled(ritz, last=last)
         done = done and _has_all_copies(krylov, ritz, largest, smallest, tol)
         if done or last:
             break
@@ -130,7 +130,7 @@ class _Settled:
         """The places of the wanted among `count` ascending values."""
         return [*range(self.smallest), *range(count - self.largest, count)]
 
-    def __call__(self, ritz: Ritz) -> tuple[Tensor, bool]:
+    def __call__(self, ritz: Ritz, *, last: bool) -> tuple[Tensor, bool]:
         """The errors of the wanted pairs, and whether to stop."""
         wanted = self.wanted(len(ritz.values))
         values, errors = ritz.values[wanted], ritz.errors[wanted]
@@ -143,10 +143,11 @@ class _Settled:
         left = self._left(values)
         before, self.ahead = self.ahead, float(drift.max())
         careful = torch.maximum(torch.maximum(errors / 2, drift), left).clamp(min=unit)
-        self.missed = min(self.missed, self._expected(ritz, unit))
-        seen = self.missed <= _MISSED or self.share < 1 or self.krylov.kept > 0
         # a value that was about to leap far a step ago has leapt only just
-        return careful, float(careful.max()) <= unit and before <= 40 * unit and seen
+        still = float(careful.max()) <= unit and before <= 40 * unit
+        if still or last:
+            self.missed = min(self.missed, self._expected(ritz, unit))
+        return careful, still and (self.missed <= _MISSED or self.share < 1 or self.krylov.kept > 0)
 
     def _expected(self, ritz: Ritz, unit: float) -> float:
         """How many wanted eigenvalues may still be hidden beyond the innermost that was found at each end."""
