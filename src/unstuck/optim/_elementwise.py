@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -110,12 +110,12 @@ class Quickprop(Elementwise):
     def _update(self, group: Group, params: list[Tensor], slopes: list[Tensor], states: list[State]) -> None:
         before, moves = [s["slope"] for s in states], [s["move"] for s in states]
         if group["weight_decay"]:
-            slopes = torch._foreach_add(slopes, params, alpha=group["weight_decay"])
+            slopes = list(torch._foreach_add(slopes, params, alpha=group["weight_decay"]))
         quickprop(slopes, before, moves, lr=float(group["lr"]), growth=group["growth"])
         torch._foreach_add_(params, moves)
 
 
-def quickprop(slopes: Sequence[Tensor], before: list[Tensor], moves: list[Tensor], *, lr: float, growth: float) -> None:
+def quickprop(slopes: list[Tensor], before: list[Tensor], moves: list[Tensor], *, lr: float, growth: float) -> None:
     """Replaces the last moves by the next, and the slopes before by these.
 
     With r = s/s₋ the secant step is r/(1 − r)·Δ₋. That grows with r up to growth·Δ₋ at r = growth/(1 + growth): one
