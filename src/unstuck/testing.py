@@ -174,7 +174,7 @@ def _check_types(factory: Factory, step: Drive) -> None:
         _expect(found == {dtype}, f"parameters and state must keep the type {dtype}, got {sorted(map(str, found))}")
         ends.append(torch.cat([p.detach().double().flatten() for p in fit.params]))
     apart = float((ends[0] - ends[1]).norm() / ends[1].norm())
-    _expect(apart <= 1e-3, f"float32 and float64 must go the same way, got {apart:.1g} of the weights apart in 3 steps")
+    _expect(apart <= 1e-2, f"float32 and float64 must go the same way, got {apart:.1g} of the weights apart in 3 steps")
 
 
 def _check_resumption(factory: Factory, step: Drive) -> None:

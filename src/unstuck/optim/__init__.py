@@ -1,12 +1,14 @@
 """Optimisers that torch lacks, as ordinary torch.optim classes."""
 
 from unstuck.optim._elementwise import Quickprop, RMSAdagrad, RMSpropFirst, RpropPlus
+from unstuck.optim._escape import NegativeCurvatureEscape
 from unstuck.optim._second_order import (
     DampedNewton,
     LevenbergMarquardt,
     Newton,
     SaddleFreeNewton,
     SecondOrder,
+    by_best,
     by_gain,
     damped,
     newton,
@@ -17,6 +19,7 @@ from unstuck.optim._second_order import (
 __all__ = [
     "DampedNewton",
     "LevenbergMarquardt",
+    "NegativeCurvatureEscape",
     "Newton",
     "Quickprop",
     "RMSAdagrad",
@@ -24,6 +27,7 @@ __all__ = [
     "RpropPlus",
     "SaddleFreeNewton",
     "SecondOrder",
+    "by_best",
     "by_gain",
     "damped",
     "newton",
