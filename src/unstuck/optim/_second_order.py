@@ -19,6 +19,8 @@ from unstuck.objective import Objective
 from unstuck.optim._closure import Closure, objective_of, write
 from unstuck.optim._elementwise import Group, refuse_complex
 
+_SETTLED = 0.01  # a Krylov space is large enough where the step is known to this part of its length
+
 Direction = Callable[[Tensor, float], Tensor]  # eigenvalues (k,), damping -> what to divide the slopes along them by
 
 
@@ -286,12 +288,16 @@ def _model(
         values, vectors = torch.linalg.eigh(dense(A).double().cpu())
         return _Model(values, gradient.double().cpu() @ vectors, lambda y: (vectors @ y).to(gradient))
     krylov, length = Krylov(A, rows=products, start=gradient), float(gradient.double().norm())
+    last = torch.zeros(0, dtype=torch.float64)
     while True:
         krylov.grow()
         ritz = krylov.ritz()
         slopes = length * ritz.vectors[0]
-        # what A's step lacks outside the space: exact where the denominators are A's own, a guide elsewhere
-        outside = float((ritz.links @ (slopes / bend(ritz.values))).abs())
-        if krylov.closed or krylov.full or outside <= 0.01 * length:
+        y = slopes / bend(ritz.values)
+        # the residual of the step, where the denominators are A's own; elsewhere how far it still moves must tell
+        outside = float((ritz.links @ y).abs())
+        before, last = F.pad(last, (0, 1)), ritz.vectors @ y
+        settled = outside <= _SETTLED * length and float((last - before).norm()) <= _SETTLED * float(last.norm())
+        if settled or krylov.closed or krylov.full:
             break
     return _Model(ritz.values, slopes, lambda y: krylov.combine((ritz.vectors @ y)[:, None])[0])
