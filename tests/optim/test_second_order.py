@@ -227,9 +227,9 @@ def digits_ends(seed, steps):
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_saddle_free_newton_ends_below_damped_newton_below_gradient_descent_on_the_digits(seed):
     (descent, damped_newton, saddle_free_newton), eigenvalues = digits_ends(seed, 60)
-    assert saddle_free_newton < damped_newton < descent
-    assert saddle_free_newton <= 1e-4
-    assert float(eigenvalues[0]) >= -1e-5
+    # the study's figures are 2e-5, 1.3e-2 and 0.95; here both Newtons take the best of eight dampings
+    assert saddle_free_newton < damped_newton < 1e-4 < descent
+    assert float(eigenvalues[0]) >= -1e-10
 
 
 # Least squares
@@ -296,7 +296,7 @@ def test_the_gain_ratio_raises_the_damping_ever_faster_and_gives_up_where_nothin
         asked.append(mu)
         return Trial(torch.zeros(1), 1.0)
 
-    assert by_gain(trial, lambda move: 1.0, 1.0, Damping(1.0)) == (None, Damping(1.0))
+    assert by_gain(trial, lambda move: 1.0, 1.0, Damping(1.0, 1.0)) == (None, Damping(1.0, 1.0))
     assert asked[:5] == [1, 2, 8, 64, 1024]
 
 
