@@ -1,5 +1,6 @@
 """Newton's kin on surfaces that pen and paper know, on the digits and on least squares."""
 
+import copy
 import math
 
 import pytest
@@ -303,17 +304,39 @@ def test_the_gain_ratio_raises_the_damping_ever_faster_and_gives_up_where_nothin
 # What a closure may do
 
 
-def test_random_masks_are_the_same_for_all_calls_within_a_step():
+def test_random_masks_are_the_same_for_all_calls_within_a_step_and_others_in_the_next():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1)).double()
     x, y = torch.randn(20, 4, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)
+    masks = []
+    model[2].register_forward_hook(lambda module, given, out: masks[-1].append((out == 0).clone()))
+
+    def loss():
+        return (model(x) - y).square().mean()
+
     optimizer = DampedNewton(model.parameters())
-    before = torch.get_rng_state()
-    assert all(map(math.isfinite, run(optimizer, lambda: (model(x) - y).square().mean(), 5)))
-    assert torch.equal(before, torch.get_rng_state())
+    for _ in range(2):
+        masks.append([])
+        optimizer.step(loss)
+    assert all(len(seen) > 3 for seen in masks)
+    assert all(torch.equal(seen[0], other) for seen in masks for other in seen)
+    assert not torch.equal(masks[0][0], masks[1][0])
 
 
-def test_a_parameter_of_another_type_a_tied_one_and_a_recurrent_net_are_followed():
+@pytest.mark.parametrize("wrap", [lambda o: o, NegativeCurvatureEscape])
+def test_a_copy_of_an_optimiser_goes_on_by_itself(wrap):
+    w = parameter(0.3, -0.5)
+    optimizer = wrap(SaddleFreeNewton([w]))
+    optimizer.step(lambda: oracles.product_pair(w))
+    twin = copy.deepcopy(optimizer)
+    v = twin.param_groups[0]["params"][0]
+    for _ in range(3):
+        optimizer.step(lambda: oracles.product_pair(w))
+        twin.step(lambda: oracles.product_pair(v))
+    assert torch.equal(w, v)
+
+
+def test_the_weights_of_a_recurrent_net_are_followed():
     torch.manual_seed(0)
     net = nn.GRU(3, 4).double()
     head = nn.Linear(4, 3).double()

@@ -1,7 +1,7 @@
 """A closure over a model's parameters, as an objective."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,25 +18,32 @@ def objective_of(closure: Closure, params: Sequence[Tensor]) -> tuple[Objective,
     """The loss that a closure returns as a function of the parameters that it uses, and these.
 
     The closure is asked again with other tensors in the place of the parameters, and with the same random numbers each
-    time. The parameters and their gradients stay as they are.
+    time; only the first call draws them from the global generator. The parameters and their gradients stay as they are.
     """
     devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        seed = int(torch.randint(2**62, (1,)))
+    states = torch.get_rng_state(), [torch.cuda.get_rng_state(k) for k in devices]
 
-    def at(places: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
+    def at(places: Sequence[Tensor], drawing: Callable[[], AbstractContextManager[None]]) -> Term:
         def loss(values: Sequence[Tensor]) -> Tensor:
             stand_ins = {id(p): value for p, value in zip(places, values, strict=True)}
-            with _seeded(seed, devices), _StandIns(stand_ins):
+            with drawing(), _StandIns(stand_ins):
                 result = closure()
             _check_graph(result, places, values)
             return result
 
-        return loss
+        return Term(loss, 1)
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with torch.random.fork_rng(devices=devices):
+            torch.set_rng_state(states[0])
+            for k, state in zip(devices, states[1], strict=True):
+                torch.cuda.set_rng_state(state, k)
+            yield
 
     leaves = [p.detach().clone().requires_grad_() for p in params]
     with torch.enable_grad():
-        first = Term(at(params), 1).at(leaves)
+        first = at(params, nullcontext).at(leaves)
     behind = {id(leaf) for leaf in _leaves_behind(first)}
     used = [p for p, leaf in zip(params, leaves, strict=True) if id(leaf) in behind]
     if not used:
@@ -44,7 +51,7 @@ def objective_of(closure: Closure, params: Sequence[Tensor]) -> tuple[Objective,
             "a closure must return a loss that depends on a parameter, got one that depends on none: return it with "
             "its graph, without backward(), detach() or item()"
         )
-    return Objective.of_terms([Term(at(used), 1)], {str(k): p for k, p in enumerate(used)}), used
+    return Objective.of_terms([at(used, again)], {str(k): p for k, p in enumerate(used)}), used
 
 
 @torch.no_grad()
@@ -71,13 +78,6 @@ class _StandIns(TorchFunctionMode):
         if func in (torch.nn.functional.embedding, torch.nn.functional.embedding_bag):
             options["sparse"] = False  # a sparse gradient has no second derivative
         return func(*args, **options)
-
-
-@contextmanager
-def _seeded(seed: int, devices: Sequence[int]) -> Iterator[None]:
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def _check_graph(result: object, params: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -103,6 +103,10 @@ class NegativeCurvatureEscape(torch.optim.Optimizer):
         self.param_groups = self.optimizer.param_groups
         self._first["waiting"] = state_dict["waiting"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("optimizer", "small", "wait", "generator")
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in own}}
+
     @property
     def _first(self) -> dict[str, Any]:
         return self.state[self.param_groups[0]["params"][0]]

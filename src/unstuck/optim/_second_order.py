@@ -127,7 +127,8 @@ class SecondOrder(torch.optim.Optimizer):
 
     Up to `dense_up_to` weights the curvature is taken apart exactly, with as many products as there are weights.
     Beyond, it is seen from the Krylov space that starts at the gradient, of at most `products` dimensions, fewer where
-    the step is settled: Σ over its Ritz pairs. That keeps as many vectors of the size of the parameters.
+    the step is settled: Σ over its Ritz pairs. That keeps as many vectors of the size of the parameters. On digits
+    saddle-free Newton gets furthest in a given time with 10 to 20 of them, Levenberg–Marquardt with some hundred.
     """
 
     def __init__(
@@ -218,7 +219,7 @@ class DampedNewton(SecondOrder):
     |λmin|, and so too short near a saddle.
     """
 
-    def __init__(self, params: Iterable[Any], *, products: int = 50, dense_up_to: int = 500) -> None:
+    def __init__(self, params: Iterable[Any], *, products: int = 20, dense_up_to: int = 500) -> None:
         super().__init__(params, direction=damped, products=products, dense_up_to=dense_up_to)
 
 
@@ -230,7 +231,7 @@ class SaddleFreeNewton(SecondOrder):
     Krylov space is searched anew for each of several dampings.)
     """
 
-    def __init__(self, params: Iterable[Any], *, products: int = 50, dense_up_to: int = 500) -> None:
+    def __init__(self, params: Iterable[Any], *, products: int = 20, dense_up_to: int = 500) -> None:
         super().__init__(params, direction=saddle_free, products=products, dense_up_to=dense_up_to)
 
 
@@ -242,7 +243,7 @@ class LevenbergMarquardt(SecondOrder):
     never negative. Best where the residuals can be made small. (Levenberg 1944; Nielsen 1999.)
     """
 
-    def __init__(self, params: Iterable[Any], *, products: int = 100, dense_up_to: int = 500) -> None:
+    def __init__(self, params: Iterable[Any], *, products: int = 200, dense_up_to: int = 500) -> None:
         super().__init__(params, direction=damped, curvature=gauss_newton, products=products, dense_up_to=dense_up_to)
 
     def _loss_of(self, closure: Closure) -> Closure:
