@@ -323,6 +323,16 @@ def test_random_masks_are_the_same_for_all_calls_within_a_step_and_others_in_the
     assert not torch.equal(masks[0][0], masks[1][0])
 
 
+@pytest.mark.parametrize("made", [SaddleFreeNewton, lambda params: SaddleFreeNewton(params, dense_up_to=0)])
+def test_a_frozen_weight_stays_and_a_loss_without_curvature_still_falls(made):
+    w, frozen = parameter(1.0, -2.0), parameter(3.0)
+    frozen.requires_grad_(False)
+    first, second, third = run(made([w, frozen]), lambda: (w * frozen).sum(), 3)
+    assert first == -3.0
+    assert first > second > third > -math.inf  # it has no lower bound, and so the best step is the longest
+    assert frozen.item() == 3.0
+
+
 @pytest.mark.parametrize("wrap", [lambda o: o, NegativeCurvatureEscape])
 def test_a_copy_of_an_optimiser_goes_on_by_itself(wrap):
     w = parameter(0.3, -0.5)

@@ -20,6 +20,7 @@ def objective_of(closure: Closure, params: Sequence[Tensor]) -> tuple[Objective,
     The closure is asked again with other tensors in the place of the parameters, and with the same random numbers each
     time; only the first call draws them from the global generator. The parameters and their gradients stay as they are.
     """
+    params = [p for p in params if p.requires_grad]
     devices = sorted({p.device.index for p in params if p.device.type == "cuda"})
     states = torch.get_rng_state(), [torch.cuda.get_rng_state(k) for k in devices]
 

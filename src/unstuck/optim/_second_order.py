@@ -127,7 +127,7 @@ class SecondOrder(torch.optim.Optimizer):
 
     Up to `dense_up_to` weights the curvature is taken apart exactly, with as many products as there are weights.
     Beyond, it is seen from the Krylov space that starts at the gradient, of at most `products` dimensions, fewer where
-    the step is settled: Σ over its Ritz pairs. That keeps as many vectors of the size of the parameters. On digits
+    the step is settled. That keeps as many vectors of the size of the parameters. On digits
     saddle-free Newton gets furthest in a given time with 10 to 20 of them, Levenberg–Marquardt with some hundred.
     """
 
@@ -170,14 +170,17 @@ class SecondOrder(torch.optim.Optimizer):
         if not gradient.any():
             return loss
 
+        def scale_of(values: Tensor) -> float:
+            return float(values.abs().max()) or float(gradient.norm())  # without curvature, a step of length 1
+
         def damping_at(values: Tensor) -> float:
-            return memory.get("damping", 1e-3 * float(values.abs().max()))
+            return memory.get("damping", 1e-3 * scale_of(values))
 
         def bend(values: Tensor) -> Tensor:
             return direction(values, damping_at(values))
 
         model = _model(curvature(objective), gradient, bend, products=products, dense_up_to=dense_up_to)
-        start, scale = objective.point, float(model.values.abs().max())
+        start, scale = objective.point, scale_of(model.values)
         move, damping = search(
             lambda mu: model.step(direction(model.values, mu)),
             lambda move: objective.at(start + move).value().item(),
