@@ -57,7 +57,7 @@ def steps(seconds: float) -> dict[str, Any]:
     return found
 
 
-def raced(optimizer: torch.optim.Optimizer, asked: Callable[[], Tensor], seconds: float) -> dict[str, float]:
+def raced(optimizer: torch.optim.Optimizer, asked: Callable[[], Tensor], seconds: float) -> dict[str, Any]:
     """The loss after so many seconds of steps; `asked` gives a loss, or residuals to be squared."""
 
     def loss() -> Tensor:
@@ -70,13 +70,16 @@ def raced(optimizer: torch.optim.Optimizer, asked: Callable[[], Tensor], seconds
         value.backward()
         return value
 
-    count, began = 0, time.perf_counter()
+    count, small, began = 0, math.inf, time.perf_counter()
     whole: Any = asked if isinstance(optimizer, optim.LevenbergMarquardt) else loss
     while time.perf_counter() - began < seconds:
-        optimizer.step(whole if isinstance(optimizer, optim.SecondOrder) else closure)
+        before = optimizer.step(whole if isinstance(optimizer, optim.SecondOrder) else closure)
         count += 1
+        if small == math.inf and before is not None and float(before.detach()) <= 1e-5:
+            small = time.perf_counter() - began
     taken = time.perf_counter() - began
-    return {"loss": loss().item(), "steps": count, "seconds": round(taken, 1)}
+    reached = round(small, 1) if small < math.inf else "never"
+    return {"loss": loss().item(), "steps": count, "seconds": round(taken, 1), "seconds to 1e-5": reached}
 
 
 def saddle(seconds: float) -> dict[str, Any]:
