@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HOUSE = Path(__file__).parents[1] / "src" / "unstuck"
-ROOMS = ("objective", "curvature", "optim", "critical", "surface", "record", "diagnosis", "racing", "report")
+ROOMS = ("objective", "curvature", "critical", "optim", "surface", "record", "diagnosis", "racing", "report")
 DOORS = ("studies", "integrations", "cli", "testing", "demo")
 FILES = sorted(HOUSE.rglob("*.py"))
 LINES = 450
