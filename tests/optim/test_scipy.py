@@ -145,7 +145,6 @@ def test_a_copy_of_the_optimiser_goes_the_same_way():
     assert torch.equal(v, w)
 
 
-@pytest.mark.skipif(not hasattr(testing, "check_optimizer"), reason="the kit has no exam for optimisers")
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_passes_the_exam_of_an_optimiser(method):
     testing.check_optimizer(

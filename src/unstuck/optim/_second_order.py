@@ -247,7 +247,8 @@ class LevenbergMarquardt(SecondOrder):
     """
 
     def __init__(self, params: Iterable[Any], *, products: int = 200, dense_up_to: int = 500) -> None:
-        super().__init__(params, direction=damped, curvature=gauss_newton, products=products, dense_up_to=dense_up_to)
+        shape = {"products": products, "dense_up_to": dense_up_to}
+        super().__init__(params, direction=damped, search=by_gain, curvature=gauss_newton, **shape)
 
     def _loss_of(self, closure: Closure) -> Closure:
         def loss() -> Tensor:
