@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -285,6 +286,13 @@ def test_the_cost_of_a_large_network_on_the_page_is_the_measured_one():
         f"(rows of the basis + {most['constant']}) + {most['fixed_mb']} MB",
     ):
         assert said in " ".join(CURVATURE.split()), f"the page must say: {said}"
+
+
+def test_the_comparison_with_peers_on_the_page_is_the_measured_one():
+    folder = ROOT / "benchmarks"
+    script = runpy.run_path(str(folder / "table.py"))
+    measured = json.loads((folder / "curvature.json").read_text(encoding="utf-8"))
+    assert "\n".join(script["table"](measured)) in CURVATURE
 
 
 def test_the_names_on_the_pages_can_be_imported_from_the_package():
