@@ -100,7 +100,8 @@ def saddle(seconds: float) -> dict[str, Any]:
             for p in model.parameters():
                 p.normal_(0, 0.01)
         result = raced(made(model.parameters()), lambda m=model: F.cross_entropy(m(x), y), seconds)
-        objective = unstuck.Objective(model, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]), [(x, y)])
+        at_end = [(x.double(), y)]  # the curvature there is too small for float32
+        objective = unstuck.Objective(model.double(), lambda m, batch: F.cross_entropy(m(batch[0]), batch[1]), at_end)
         pairs = unstuck.eigenpairs(unstuck.hessian(objective), max_products=100)
         result |= {
             "smallest": float(pairs.values[0]),
