@@ -27,14 +27,34 @@ def on_quadratic(A, start, step_of, steps):
 
 def test_literal_rprop_ends_far_from_the_minimum_where_weights_are_coupled():
     coupled, start = [[1.0, 0.9], [0.9, 1.0]], [1.0, 2.0]
-    assert on_quadratic(coupled, start, literal_rprop, 2000).norm() > 0.3
+    assert on_quadratic(coupled, start, literal_rprop, 2000).tolist() == pytest.approx([-0.47, 0.42], abs=5e-3)
     right = on_quadratic(coupled, start, lambda w: RpropPlus(w, lr=0.1).step, 2000)
     torches = on_quadratic(coupled, start, lambda w: torch.optim.Rprop(w, lr=0.1).step, 2000)
-    assert max(right.norm(), torches.norm()) < 1e-4
+    assert max(right.norm(), torches.norm()) < 2e-5
 
 
 def test_literal_rprop_is_right_where_they_are_not_coupled():
     assert on_quadratic([[1.0, 0.0], [0.0, 3.0]], [1.0, 2.0], literal_rprop, 2000).norm() < 1e-5
+
+
+def test_a_loop_to_convergence_inside_that_over_the_weights_trains_each_against_the_others_first_values():
+    def printed(A, w):
+        for i in range(2):  # for each weight: ... while not converged: ...
+            last = A[i][0] * w[0] + A[i][1] * w[1]
+            move = math.copysign(0.1, last)
+            for _ in range(500):
+                w[i] -= move
+                slope = A[i][0] * w[0] + A[i][1] * w[1]
+                if slope * last > 0:
+                    move, last = min(1.2 * move, 50.0), slope
+                else:
+                    w[i] += move
+                    move *= 0.5
+        return w
+
+    assert printed([[1.0, 0.0], [0.0, 3.0]], [1.0, 2.0]) == pytest.approx([0, 0], abs=1e-9)
+    # the first weight settles at −0.9·2, the second at 0.9·1.8, and nobody looks at the first again
+    assert printed([[1.0, 0.9], [0.9, 1.0]], [1.0, 2.0]) == pytest.approx([-1.8, 1.62], abs=1e-9)
 
 
 def test_limits_on_a_signed_step_neither_limit_nor_keep_its_direction():
@@ -97,9 +117,9 @@ def test_a_step_by_the_gradient_itself_diverges_where_curvature_exceeds_two():
 
 
 def test_the_adam_of_001_climbs():
-    def path(sign):
+    def path(sign, steps=20):
         w, m, square = 1.0, 0.0, 1.0
-        for _ in range(20):
+        for _ in range(steps):
             m = 0.9 * m - 0.01 * w  # the lecture's momentum already points downhill
             square = 0.9 * square + 0.1 * w**2
             w += sign * 0.01 / math.sqrt(square) * m
@@ -107,6 +127,15 @@ def test_the_adam_of_001_climbs():
 
     assert path(-1) > 1.0  # as printed: θ − (α/σ)m
     assert path(+1) < 1.0
+    assert path(-1, steps=1) == 1 + 0.01**2  # the rate of 0.01 counts twice
+
+
+def test_adam_without_epsilon_loses_a_weight_that_has_no_gradient_yet():
+    assert torch.zeros(()).rsqrt().mul(0).isnan()  # α G^(−½) v, as printed
+    w = torch.nn.Parameter(torch.ones(1))
+    w.grad = torch.zeros(1)
+    torch.optim.Adam([w], lr=1.0).step()
+    assert w.item() == 1
 
 
 def test_adam_without_correction_starts_with_three_times_the_rate_and_torchs_with_the_rate():

@@ -275,18 +275,18 @@ def test_momentum_gains_ten_on_a_constant_gradient_and_loses_half_on_one_that_al
 # Whitening
 
 
-@pytest.fixture
-def bowl():
-    """A symmetric matrix (5, 5) of condition 1000, and a linear term."""
+def bowl(condition):
+    """A symmetric matrix (5, 5) and a linear term."""
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(5, 5, generator=generator, dtype=torch.float64)).Q
-    values = torch.logspace(-3, 0, 5, dtype=torch.float64)
+    values = torch.logspace(-math.log10(condition), 0, 5, dtype=torch.float64)
     H = (basis * values) @ basis.T
     return (H + H.T) / 2, torch.randn(5, generator=generator, dtype=torch.float64)
 
 
-def test_whitened_descent_is_the_step_by_the_inverse_hessian(bowl):
-    H, b = bowl
+@pytest.mark.parametrize(("condition", "slack"), [(10, 1e-14), (1000, 1e-10)])
+def test_whitened_descent_is_the_step_by_the_inverse_hessian(condition, slack):
+    H, b = bowl(condition)
     round_ = q.whiten(H)
     torch.testing.assert_close(round_.root @ round_.root, H, rtol=0, atol=1e-14)
     w = torch.ones(5, dtype=torch.float64)
@@ -294,12 +294,12 @@ def test_whitened_descent_is_the_step_by_the_inverse_hessian(bowl):
     for _ in range(20):
         w = w - 0.5 * torch.linalg.solve(H, H @ w + b)
         whitened = whitened - 0.5 * (whitened + b_hat)
-    torch.testing.assert_close(round_.restored(whitened), w, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(round_.restored(whitened), w, rtol=slack, atol=slack)
 
 
 @pytest.mark.parametrize(("rate", "left"), [(0.5, 9.5e-7), (1.5, 9.5e-7), (1.0, 0), (2.1, 6.7)])
-def test_in_the_round_bowl_one_rate_does_for_all_coordinates(bowl, rate, left):
-    H, b = bowl
+def test_in_the_round_bowl_one_rate_does_for_all_coordinates(rate, left):
+    H, b = bowl(10)
     round_ = q.whiten(H)
     minimum = -torch.linalg.solve(H, b)
     start = minimum + torch.ones(5, dtype=torch.float64)
@@ -307,9 +307,9 @@ def test_in_the_round_bowl_one_rate_does_for_all_coordinates(bowl, rate, left):
     for _ in range(20):
         whitened = whitened - rate * (whitened + round_.restored(b))
     error = (whitened - round_.whitened(minimum)).norm() / round_.whitened(start - minimum).norm()
-    assert float(error) == pytest.approx(left, rel=0.01, abs=1e-11)
+    assert float(error) == pytest.approx(left, rel=0.006, abs=1e-14)
     identity = round_.inverse @ H @ round_.inverse
-    torch.testing.assert_close(identity, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-11)
+    torch.testing.assert_close(identity, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
 def test_whitening_keeps_float32():
@@ -371,8 +371,11 @@ def test_the_worst_function_falls_as_the_root_of_the_steps_and_a_quartic_as_thei
     worst, worst_slope, _ = chain(200, 4.0)
     found = losses(worst, worst_slope, [0.0] * 200, 0.25, 2000)
     assert math.log(found[2000] / found[1]) / math.log(2000) == pytest.approx(-0.51, abs=0.005)
-    found = losses(lambda w: (w**4).sum(), lambda w: 4 * w**3, [1.0], 1 / 12, 2000)
-    assert math.log(found[2000] / found[200]) / math.log(10) == pytest.approx(-2.00, abs=0.03)
+    w, quartic = 1.0, []
+    for _ in range(20_001):
+        quartic.append(w**4)
+        w -= 4 * w**3 / 12
+    assert math.log(quartic[20_000] / quartic[10_000]) / math.log(2) == pytest.approx(-2.00, abs=0.005)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0, 1.9])

@@ -87,6 +87,16 @@ def test_newton_ends_on_the_stationary_point_of_a_quadratic_in_one_step_saddle_o
     torch.testing.assert_close(w.detach(), torch.linalg.solve(A, -b), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_newton_ends_in_one_step_on_the_minimum_of_a_bowl_and_on_the_maximum_of_a_hill(sign):
+    own = torch.Generator().manual_seed(0)
+    B = torch.randn(5, 5, generator=own, dtype=torch.float64)
+    A, b = B @ B.T / 5 + torch.eye(5, dtype=torch.float64), torch.randn(5, generator=own, dtype=torch.float64)
+    w = nn.Parameter(torch.randn(5, generator=own, dtype=torch.float64))
+    Newton([w]).step(lambda: sign * (w @ A @ w / 2 + b @ w))
+    torch.testing.assert_close(w.detach(), torch.linalg.solve(A, -b), atol=4e-15, rtol=0)
+
+
 @pytest.mark.parametrize("dense_up_to", [500, 0])
 def test_a_saddle_free_step_is_minus_the_inverse_magnitude_of_the_hessian_times_the_gradient(dense_up_to):
     A = torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -276,7 +286,8 @@ def test_levenberg_marquardt_fits_a_sine_a_thousand_times_better_than_adam(dense
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 10), nn.Tanh(), nn.Linear(10, 1)).double()
     optimizer = LevenbergMarquardt(model.parameters(), dense_up_to=dense_up_to)
-    assert 50 * run(optimizer, lambda: model(x) - x.sin(), 100)[-1] <= 7.5e-4  # Adam is at 0.75 after 1000 steps
+    # the lecture's run; there Adam is at 0.75 after 1000 steps
+    assert 50 * run(optimizer, lambda: model(x) - x.sin(), 100)[-1] <= 1.6e-5
 
 
 def test_a_linear_fit_takes_levenberg_marquardt_to_the_solution_of_the_normal_equations():
