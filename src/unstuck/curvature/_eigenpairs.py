@@ -11,7 +11,7 @@ from unstuck.curvature._operator import Operator, draws
 
 _RANDOM_PART = 0.3  # of a warm start, beside the unit vector that is known
 _SHARE = _RANDOM_PART / math.hypot(1, _RANDOM_PART)
-_MISSED = 0.1  # wanted eigenvalues that may be expected to be hidden still
+_MISSED = 0.1  # wanted eigenvalues that may be expected to be hidden still, shared by the two ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,8 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
 
     An eigenvalue does not show while the start holds next to nothing of its vector. How little that must be follows
     from the products; how probable it is, from the start's randomness. `missed` adds this up over the places where a
-    wanted eigenvalue might be, as many of them to a length as were found; it must fall to 0.1, too.
+    wanted eigenvalue might be, as many of them to a length as were found; it must fall to 0.1, too, and for both
+    ends to 0.05.
 
     The basis takes one vector a product, up to `memory` bytes; then it is compressed to the Ritz vectors nearest to the
     two ends (thick restart, Wu and Simon 2000), which costs products but no accuracy. `start` warms the search up with
@@ -147,7 +148,8 @@ class _Settled:
         still = float(careful.max()) <= unit and before <= 40 * unit
         if still or last:
             self.missed = min(self.missed, self._expected(ritz, unit))
-        return careful, still and (self.missed <= _MISSED or self.share < 1 or self.krylov.kept > 0)
+        ends = bool(self.largest) + bool(self.smallest)
+        return careful, still and (self.missed <= _MISSED / ends or self.share < 1 or self.krylov.kept > 0)
 
     def _expected(self, ritz: Ritz, unit: float) -> float:
         """How many wanted eigenvalues may still be hidden beyond the innermost that was found at each end."""
