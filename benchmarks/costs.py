@@ -36,7 +36,7 @@ EXACT = 1e-3  # of a product in float32, relative to differences in float64
 ROUNDS = {"mlp": 50, "cnn": 5, "gpt": 10}
 STEPS = {"mlp": 30, "cnn": 20, "gpt": 30}
 SAMPLES = 2
-PROBES = {"mlp": 200, "cnn": 24, "gpt": 24}
+PROBES = {"mlp": 200, "cnn": 100, "gpt": 24}
 PEER_PROBES = 8
 LIMIT = 3e8  # bytes
 
