@@ -46,9 +46,19 @@ def _row(part: str, tool: str, column: str, unit: str) -> Callable[[Results], st
     return cell
 
 
+def _default(tool: str) -> Callable[[Results], str]:
+    def word(result: Results) -> str:
+        rows = [row for row in result["top"]["rows"] if row["tool"] == tool and row["stops"] == "by default"]
+        return "right" if all(row["right"]["largest"] for row in rows) else "wrong"
+
+    return word
+
+
 QUESTIONS: dict[str, Callable[[Results], str]] = {
     "five largest to 10⁻³: right from so many starts": _right,
     "products beyond the least that would do, mean and worst": _overhead,
+    "PyHessian at its defaults": _default("PyHessian"),
+    "hessian-eigenthings' Lanczos at its defaults": _default("hessian-eigenthings"),
     "PyHessian, tightened until it is right": _best("top", "PyHessian"),
     "the best peer that stops by itself": _best("top", "peer that stops by itself"),
     "a peer told the right number of steps": _best("top", "peer told the steps"),
