@@ -295,6 +295,28 @@ def test_the_comparison_with_peers_on_the_page_is_the_measured_one():
     assert "\n".join(script["table"](measured)) in CURVATURE
 
 
+def test_the_races_of_optimisers_on_the_page_are_the_measured_ones():
+    measured = json.loads((ROOT / "benchmarks/optim.json").read_text(encoding="utf-8"))
+    steps, saddle, fit = (measured[part] for part in ("steps", "saddle", "fit"))
+    ours = ("Quickprop", "RpropPlus", "RMSAdagrad", "RMSpropFirst")
+    rows = [row for name, row in steps.items() if name != "environment"]
+    adam = min(found["loss"] for name, found in fit.items() if name.startswith("Adam"))
+    free, damped, quasi, plain = (
+        saddle[name] for name in ("saddle-free Newton", "damped Newton", "L-BFGS", "gradient descent")
+    )
+    page = " ".join((ROOT / "docs/optimisers.md").read_text(encoding="utf-8").split())
+    for said in (
+        f"at most {max(row[name] / row['torch Rprop'] for row in rows for name in ours):.2f} of the time",
+        f"a loss of {free['loss']:.1e} after 25 seconds, damped Newton at {damped['loss']:.1e}, L-BFGS at "
+        f"{quasi['loss']:.1e} and gradient descent at {plain['loss']:.1e}",
+        f"L-BFGS takes {quasi['seconds to 1e-5']} s, saddle-free Newton {free['seconds to 1e-5']} s and damped Newton "
+        f"{damped['seconds to 1e-5']} s",
+        f"is at {fit['Levenberg–Marquardt']['loss']:.1e} after 30 seconds, L-BFGS at {fit['L-BFGS']['loss']:.1e}",
+        f"at the best of three rates, at {adam:.1e}",
+    ):
+        assert said in page, f"the page must say: {said}"
+
+
 def test_the_names_on_the_pages_can_be_imported_from_the_package():
     used = set(re.findall(r"unstuck\.(\w+)\(", README + CURVATURE))
     operators = set(re.findall(r"^\| `(\w+)\(", CURVATURE, flags=re.M))
