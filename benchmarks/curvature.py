@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_limits
 import costs
 import spectra
 import unstuck
-from demo import processor
+from environment import processor
 from peers import versions
 from spectra import CRITERIA, REPEATS, Bench, Row, report
 from workloads import MODELS, workload

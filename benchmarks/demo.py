@@ -5,24 +5,16 @@ python benchmarks/demo.py        runs it three times, one after the other, and w
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import torch
+from environment import environment
 
 RUNS = 3
 QUIET = 1.5  # the load that a machine may have before: other work shows in the seconds
-
-
-def processor() -> str:
-    """The name of the processor, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def measure() -> tuple[float, float]:
@@ -47,14 +39,7 @@ def main() -> None:
     result = {
         "seconds": sorted(round(seconds, 1) for seconds, _ in runs),
         "peak_mib": sorted(round(mib) for _, mib in runs),
-        "environment": {
-            "processor": processor(),
-            "processors": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_before": round(load, 2),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "environment": environment(load),
     }
     place = Path(__file__).with_suffix(".json")
     place.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

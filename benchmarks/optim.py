@@ -7,7 +7,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import unstuck
+from environment import environment
 from unstuck import optim
 
 Made = Callable[[Iterable[Tensor]], torch.optim.Optimizer]
@@ -141,14 +141,8 @@ def main() -> None:
     place = Path(__file__).with_suffix(".json")
     result = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
     for name in given.parts:
-        result[name] = parts[name](given.seconds) | {
-            "environment": {
-                "threads": torch.get_num_threads(),
-                "load_before": round(os.getloadavg()[0], 2),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            }
-        }
+        load = os.getloadavg()[0]
+        result[name] = parts[name](given.seconds) | {"environment": environment(load)}
     place.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import unstuck
-from demo import processor
+from environment import environment
 from unstuck.curvature import Eigenpairs
 from unstuck.objective import Objective
 from workloads import GPT, loss, sources
@@ -162,14 +161,7 @@ def main() -> None:
         "cases": cases,
         "exponent": {"from 1e5": exponent(cases, 0), "from 1e6": exponent(cases, 5e5)},
         "bound": bound(cases),
-        "environment": {
-            "processor": processor(),
-            "processors": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "load_before": round(load, 2),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
+        "environment": environment(load),
     }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     show(cases)

@@ -17,7 +17,6 @@ quarters      each quarter warm, by itself; the mean, with three standard errors
 import hashlib
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -25,7 +24,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import scipy
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +31,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
 import unstuck
-from demo import processor
+from environment import environment
 from unstuck.curvature import Eigenpairs, to_scipy
 from unstuck.objective import Objective
 from workloads import KEPT, MODELS, digits, fashion, loss, sources
@@ -210,15 +208,7 @@ def main(names: list[str]) -> None:
             "every": EVERY,
             "tolerance": TOL,
             "networks": {name: known[name] for name in DATA if name in known},
-            "environment": {
-                "processor": processor(),
-                "processors": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "load_before": round(load, 2),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "scipy": scipy.__version__,
-            },
+            "environment": environment(load, "scipy"),
         }
         PLACE.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
