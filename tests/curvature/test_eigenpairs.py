@@ -166,6 +166,9 @@ def test_wishes_that_cannot_be_met_are_refused():
         eigenpairs(diagonal([1.0, 2.0]), largest=-1)
     with pytest.raises(ValueError, match="got max_products=3: raise it"):
         eigenpairs(diagonal(torch.ones(10)), largest=5, max_products=3)
+    for tol in (0.0, -1e-3, math.nan, 1.0):
+        with pytest.raises(ValueError, match=f"between 0 and 1, got tol={tol}"):
+            eigenpairs(diagonal([1.0, 2.0]), tol=tol)
 
 
 def test_a_basis_of_bounded_memory_finds_the_same_pairs_with_more_products():

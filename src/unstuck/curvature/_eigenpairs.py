@@ -77,6 +77,8 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
             f"eigenpairs needs a size and a number of wanted pairs of at least 1, got size={A.size}, "
             f"largest={largest}, smallest={smallest}"
         )
+    if not 0 < tol < 1:
+        raise ValueError(f"a tolerance is a share of the largest |λ| between 0 and 1, got tol={tol}")
     smallest = min(smallest, A.size)
     largest = min(largest, A.size - smallest)
     pairs = largest + smallest
