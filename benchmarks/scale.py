@@ -7,6 +7,7 @@ The networks are transformers with the weights that they begin with, and all see
 peak of the process above what it had with torch and unstuck imported, in gradients: 4 bytes a parameter.
 """
 
+import argparse
 import functools
 import json
 import math
@@ -173,7 +174,12 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print(json.dumps(measure(int(sys.argv[1]), float(sys.argv[2]))))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "case", nargs="*", type=float, help="shape and memory of one case alone; without, all are measured"
+    )
+    given = parser.parse_args().case
+    if given:
+        print(json.dumps(measure(int(given[0]), given[1])))
     else:
         main()

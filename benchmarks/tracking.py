@@ -14,11 +14,11 @@ both          from the quarter's vector and that of the point before
 quarters      each quarter warm, by itself; the mean, with three standard errors beside the tolerance
 """
 
+import argparse
 import hashlib
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -214,4 +214,6 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or list(DATA))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", choices=[*DATA, []], default=list(DATA))
+    main(parser.parse_args().networks)
