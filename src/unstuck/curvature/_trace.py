@@ -53,7 +53,7 @@ def trace(
     """Hutchinson's estimate of tr A: the mean of v·Av over vectors v of random signs.
 
     It stops when the standard error is at most `tol` of the estimate, after eight samples at the least. A sample has
-    the variance 2 (‖A‖_F² − Σ Aᵢᵢ²), most of it from a few large eigenvalues: `known` pairs are split off exactly
+    the variance 2 (‖A‖_F² − Σ Aᵢᵢ²), often much of it from a few large eigenvalues: `known` pairs are split off exactly
     and cost nothing here. Without them the samples are skewed, and twice the standard error of the first eight holds
     in five cases of six. Where the eigenvalues fall off fast, `xtrace` needs no known pairs. Without a generator the
     signs are the same each time. (Hutchinson 1990; Gambhir, Stathopoulos, Orginos 2017.)
