@@ -164,7 +164,7 @@ class Starts:
         self.bench = bench
         self.truth = bench.reference[0][-TOP:]
         self.runs: list[Start] = []
-        self.minima: dict[int, dict[str, int | None]] = {}
+        self.drawn: dict[int, dict[str, int | None]] = {}  # the least steps from the random vector of a seed
 
     def __call__(self, seed: int) -> Seconds:
         """Seconds of one more run, with all that a user's call does."""
@@ -180,18 +180,17 @@ class Starts:
                 images.append(image)
                 return image
 
-            seen = Operator(matvec, H.size, dtype=H.dtype, device=H.device)
+            seen = replace(H, matvec=matvec)
             return unstuck.eigenpairs(seen, largest=TOP, smallest=0, generator=torch.Generator().manual_seed(seed))
 
         found, seconds = timed(run)
         wrong = np.abs(found.values.numpy() - self.truth)
-        self.minima[seed] = self._minimum(seed, vectors, images)
         self.runs.append(
             Start(
                 seed=seed,
                 seconds=seconds,
                 products=found.products,
-                minimum=self.minima[seed],
+                minimum=self._minimum(vectors, images),
                 errors=errors(found.values.tolist(), self.truth),
                 bars_held=bool((wrong <= found.errors.numpy()).all()),
                 converged=found.converged,
@@ -201,20 +200,24 @@ class Starts:
         return {c: seconds if wrong_by[c] <= TOP_TOLERANCE else None for c in CRITERIA}
 
     def told(self, seed: int, criterion: str, more: int) -> list[int]:
-        """The steps that suffice from this start, and `more`; peers that draw it alike span the same space."""
-        least = self.minima[seed][criterion]
+        """The steps that suffice from the random vector of this seed, which the peer draws alike, and `more`."""
+        if seed not in self.drawn:
+            drawn = torch.randn(self.bench.kept.size, generator=torch.Generator().manual_seed(seed))
+            self.drawn[seed] = self._minimum([drawn], [])
+        least = self.drawn[seed][criterion]
         if least is None:
             raise ValueError(f"the Krylov space of start {seed} does not hold the values in {STEPS[-1]} steps")
         return [least + more]
 
-    def _minimum(self, seed: int, vectors: Sequence[Tensor], images: Sequence[Tensor]) -> dict[str, int | None]:
-        found = self._first_right((torch.stack(list(vectors)) @ torch.stack(list(images)).T).double())
-        if None not in found.values():
-            return found
-        krylov = Krylov(self.bench.kept, rows=STEPS[-1], generator=torch.Generator().manual_seed(seed))
+    def _minimum(self, vectors: Sequence[Tensor], images: Sequence[Tensor]) -> dict[str, int | None]:
+        """The least steps in the Krylov space of the first vector, by what is known of it and as far as is needed."""
+        found: dict[str, int | None] = dict.fromkeys(CRITERIA)
+        if images:
+            found = self._first_right((torch.stack(list(vectors)) @ torch.stack(list(images)).T).double())
+        krylov = Krylov(self.bench.kept, rows=STEPS[-1], start=vectors[0])
         while not (krylov.full or krylov.closed) and None in found.values():
             krylov.grow()
-            if len(krylov) > len(vectors):
+            if len(krylov) > len(images):
                 found = self._first_right(krylov.matrix[: len(krylov), : len(krylov)])
         return found
 

@@ -1,6 +1,7 @@
 """Lanczos against spectra that are known, and its own claims about errors against the truth."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -95,14 +96,14 @@ def test_the_claimed_errors_hold_and_wanted_eigenvalues_are_rarely_passed_over()
 def test_what_the_start_holds_of_an_eigenvector_is_never_more_than_the_products_allow(spectrum):
     true = spectrum(seeded())
     krylov = Krylov(diagonal(true), rows=40, generator=seeded(1))
-    held = krylov.next.abs()  # of each eigenvector
+    held, spread = krylov.next.abs(), 1 / math.sqrt(len(true))  # of each eigenvector
     for _ in range(40):
         krylov.grow()
-        odds = krylov.hidden(krylov.ritz(), true)
+        odds = krylov.hidden(krylov.ritz(), true, spread)
         known = odds < 1 - 1e-9
-        most = torch.erfinv(odds) * math.sqrt(2 / len(true))
+        most = torch.erfinv(odds) * math.sqrt(2) * spread
         assert (held <= most * (1 + 1e-6) + 1e-9)[known].all()
-    assert float(krylov.hidden(krylov.ritz(), true.max()[None] * 1.5)) < 1e-9  # and next to nothing far out
+    assert float(krylov.hidden(krylov.ritz(), true.max()[None] * 1.5, spread)) < 1e-9  # and next to nothing far out
 
 
 def test_the_basis_stays_orthogonal_over_hundreds_of_products():
@@ -225,6 +226,31 @@ def test_two_starts_of_one_direction_help_whatever_their_signs():
     )
     assert float(opposite.values[0]) == pytest.approx(1, abs=1e-3)
     assert opposite.products == same.products < eigenpairs(diagonal(true), generator=seeded(1), **options).products
+
+
+def test_a_lead_brings_out_what_an_unlucky_start_hides():
+    true = torch.cat([torch.randn(2000, generator=seeded(), dtype=torch.float64) * 0.3, torch.tensor([2.0, 17, 20, 24, 44])])
+    size, hidden = len(true), 2000
+    unlucky = min(
+        range(4000), key=lambda seed: abs(torch.randn(size, generator=seeded(seed), dtype=true.dtype)[hidden])
+    )
+    lead = torch.randn(size, generator=seeded(1), dtype=torch.float64) * torch.where(true > 1.5, 1.0, 0.02)
+    options = {"largest": 5, "smallest": 0}
+    A = diagonal(true)
+    assert float(eigenpairs(A, **options, generator=seeded(unlucky)).values[0]) < 1.9
+    led = eigenpairs(replace(A, lead=lambda: lead), **options, generator=seeded(unlucky))
+    torch.testing.assert_close(led.values, true[-5:], rtol=0, atol=44e-3)
+    assert led.converged
+
+
+@pytest.mark.parametrize("lead", [torch.zeros(1500), torch.full((1500,), math.nan)])
+def test_a_lead_that_says_nothing_is_left_out(lead):
+    A = diagonal(torch.linspace(-1, 1, 1500) ** 3, torch.float32)
+    found, plain = (
+        eigenpairs(B, largest=3, smallest=0, generator=seeded()) for B in (replace(A, lead=lambda: lead), A)
+    )
+    assert torch.equal(found.values, plain.values)
+    assert found.products == plain.products
 
 
 def test_starts_that_fit_no_vector_are_refused():

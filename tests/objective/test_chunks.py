@@ -57,7 +57,8 @@ def test_the_measured_bytes_of_a_graph_are_those_that_autograd_saves():
     assert abs(measured - expected) <= 64  # a scalar or two, which the hooks see as copies
 
 
-def test_kept_graphs_hold_no_gradients(monkeypatch):
+@pytest.mark.parametrize("first", ["product", "lead"])
+def test_kept_graphs_hold_no_gradients(first, monkeypatch):
     gradients = []
 
     def watched(*args, **options):
@@ -67,7 +68,7 @@ def test_kept_graphs_hold_no_gradients(monkeypatch):
 
     monkeypatch.setattr(_objective, "gradient_of", watched)
     objective = Objective(network(), cross_entropy, batches(200), memory=1e9)
-    objective.product(torch.ones(objective.size))
+    getattr(objective, first)(*[torch.ones(objective.size)] * (first == "product"))
     assert objective.plan is not None and objective.plan.kept == len(objective.terms)
     assert gradients and not any(alive() is not None for alive in gradients)
 
@@ -110,6 +111,30 @@ def test_kept_graphs_are_not_built_again():
     assert calls_of_two_products(1e9)[0] == 0
     built, plan = calls_of_two_products(450e3)
     assert built == 2 * plan.rebuilt > 0
+
+
+@pytest.mark.parametrize("memory", [1e9, 390e3])
+def test_the_gradient_that_leads_costs_no_graph_beyond_those_of_products(memory):
+    calls = []
+
+    def counted(model, batch):
+        calls.append(len(batch[0]))
+        return cross_entropy(model, batch)
+
+    objective = Objective(network(), counted, batches(100), memory=memory)
+    v = torch.ones(objective.size)
+    lead = objective.lead()
+    plan = objective.plan
+    assert plan is not None and (plan.rebuilt > 0) == (memory < 1e9)
+    calls.clear()
+    product = objective.product(v)
+    assert len(calls) == plan.rebuilt
+    assert objective.plan is plan
+    again = objective.lead()
+    plain = Objective(network(), cross_entropy, batches(100))
+    torch.testing.assert_close(lead, plain.gradient(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(again, plain.gradient())
+    torch.testing.assert_close(product, plain.product(v), rtol=1e-4, atol=1e-6)
 
 
 def test_a_batch_that_does_not_fit_is_cut_or_refused_with_its_size():

@@ -43,6 +43,7 @@ def failing(model, batch):
 def answers(objective):
     v = torch.randn(objective.size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     H = hessian(objective)
+    top = eigenpairs(hessian(objective), largest=3, smallest=0)
     found, spread, mean = eigenpairs(H), density(H, steps=20), trace(H, max_products=20)
     loss, gradient = objective.value_and_gradient()
     point, ends = examine(objective), examine(objective, dense_up_to=0)
@@ -56,6 +57,7 @@ def answers(objective):
         "block": hessian(objective, where=["2"]) @ v[-18:],
         "gauss_newton": gauss_newton(objective) @ v,
         "fisher": fisher(objective) @ v,
+        "top": top.values,
         "values": found.values,
         "heights": spread.heights,
         "trace": [mean.estimate, mean.stderr],

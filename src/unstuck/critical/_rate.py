@@ -1,7 +1,7 @@
 """How large a rate the curvature allows an optimiser."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,8 @@ def rate_limit(
 
 def _preconditioned(H: Operator, scales: Tensor) -> Operator:
     root = scales.rsqrt()
-    return Operator(lambda v: root * (H @ (root * v)), H.size, H.dot, dtype=H.dtype, device=H.device)
+    lead = H.lead
+    return replace(H, matvec=lambda v: root * (H @ (root * v)), lead=lead and (lambda: root * lead()))
 
 
 def _scales(objective: Objective, model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:

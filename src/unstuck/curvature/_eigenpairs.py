@@ -10,7 +10,7 @@ from unstuck.curvature._krylov import Krylov, Ritz
 from unstuck.curvature._operator import Operator, draws
 
 _RANDOM_PART = 0.3  # of a warm start, beside the unit vector that is known
-_SHARE = _RANDOM_PART / math.hypot(1, _RANDOM_PART)
+_LEAD = 0.25  # of what an operator leads with, beside a random unit vector
 _MISSED = 0.1  # wanted eigenvalues that may be expected to be hidden still, shared by the two ends
 
 
@@ -59,6 +59,10 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
     wanted eigenvalue might be, as many of them to a length as were found; it must fall to 0.1, too, and for both
     ends to 0.05.
 
+    Where only the largest are wanted, three or more, the Hessian of an objective adds a quarter of its gradient to the start: most of
+    it lies in their span (Gur-Ari, Roberts and Dyer 2018). `missed` then takes the start to hold as much of a hidden
+    vector as of the found one that it holds least of.
+
     The basis takes one vector a product, up to `memory` bytes; then it is compressed to the Ritz vectors nearest to the
     two ends (thick restart, Wu and Simon 2000), which costs products but no accuracy. `start` warms the search up with
     vectors of a nearby operator, one a row. It saves products, but part of the proof as well: an eigenvalue that has
@@ -87,10 +91,15 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
             f"{pairs} eigenpairs need at least as many products, got max_products={max_products}: raise it"
         )
     generator = draws(generator, A.device)  # the same start each time, if none is given
-    krylov = Krylov(
-        A, rows=_rows(A, pairs, max_products, memory), start=_warm(A, start, generator), generator=generator
-    )
-    settled = _Settled(krylov, tol, largest, smallest, 1.0 if start is None else _SHARE)
+    rows = _rows(A, pairs, max_products, memory)
+    known, part = None, 1 / _LEAD
+    if start is not None:
+        known, part = _sum(A, start), _RANDOM_PART
+    elif A.lead is not None and largest >= 3 and not smallest:  # fewer do not tell how much of the hidden it holds
+        known = A.lead()
+    first, share = _beside(A, known, part, generator)
+    krylov = Krylov(A, rows=rows, start=first, generator=generator)
+    settled = _Settled(krylov, tol, largest, smallest, share=share, warm=start is not None)
     while True:
         krylov.grow()
         last = krylov.products == max_products or len(krylov) == A.size
@@ -119,11 +128,13 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
 class _Settled:
     """Whether the wanted pairs are as good as they will be taken for; called once for each look at the spectrum."""
 
-    def __init__(self, krylov: Krylov, tol: float, largest: int, smallest: int, share: float) -> None:
+    def __init__(self, krylov: Krylov, tol: float, largest: int, smallest: int, *, share: float, warm: bool) -> None:
         self.krylov = krylov
         self.tol = tol
         self.largest, self.smallest = largest, smallest
         self.share = share  # of the start that is random
+        self.warm = warm  # and does not wait for `missed` to fall
+        self.led = share < 1 and not warm
         self.values: Tensor | None = None  # at the look before
         self.moves: Tensor | None = None  # since the look before that
         self.ahead = math.inf
@@ -151,7 +162,7 @@ class _Settled:
         if still or last:
             self.missed = min(self.missed, self._expected(ritz, unit))
         ends = bool(self.largest) + bool(self.smallest)
-        return careful, still and (self.missed <= _MISSED / ends or self.share < 1 or self.krylov.kept > 0)
+        return careful, still and (self.missed <= _MISSED / ends or self.warm or self.krylov.kept > 0)
 
     def _expected(self, ritz: Ritz, unit: float) -> float:
         """How many wanted eigenvalues may still be hidden beyond the innermost that was found at each end."""
@@ -163,10 +174,21 @@ class _Settled:
             inner, beyond = float(values[count - 1]), float(values[0] - values[min(count, len(values) - 1)])
             steps = unit * 2.0 ** torch.arange(40, dtype=torch.float64)
             steps = steps[steps < float(values[0]) - inner + beyond + 2 * unit]
-            odds = self.krylov.hidden(ritz, sign * (inner + steps)) / self.share
+            odds = self.krylov.hidden(ritz, sign * (inner + steps), self._spread(ritz))
             area = float(torch.trapezoid(odds, steps)) if len(steps) > 1 else unit * float(odds.sum())
             expected += area * count / max(beyond, unit)
         return expected
+
+    def _spread(self, ritz: Ritz) -> float:
+        """How much of the start to expect in an eigenvector that is hidden.
+
+        A start that is led has no less in it than in the found ones: it holds the largest of them all alike.
+        """
+        random = self.share / math.sqrt(self.krylov.A.size)
+        if not self.led:
+            return random
+        found = (self.krylov.start @ ritz.vectors)[self.wanted(len(ritz.values))]
+        return max(random, float(found.abs().min()))
 
     def _left(self, values: Tensor) -> Tensor:
         """What the moves of the wanted values leave to come, if they fall off as the last two did."""
@@ -199,17 +221,24 @@ def _spread(count: int, largest: int, smallest: int) -> list[int]:
     return [*range(below), *range(count - above, count)]
 
 
-def _warm(A: Operator, start: Tensor | None, generator: torch.Generator | None) -> Tensor | None:
-    if start is None:
-        return None
+def _beside(A: Operator, known: Tensor | None, part: float, generator: torch.Generator) -> tuple[Tensor, float]:
+    """A random vector of norm `part` beside what is known, as a unit vector; and the share of it that is random."""
+    drawn = torch.randn(A.size, generator=generator, dtype=A.dtype, device=A.device)
+    drawn /= float(A.dot(drawn, drawn)) ** 0.5
+    length = 0.0 if known is None else float(A.dot(known, known)) ** 0.5
+    if known is None or not 0 < length < math.inf:
+        return drawn, 1.0
+    return drawn.mul_(part).add_(known, alpha=1 / length), part / math.hypot(1, part)
+
+
+def _sum(A: Operator, start: Tensor) -> Tensor:
+    """The sum of the vectors of a warm start."""
     rows = torch.atleast_2d(start).to(A.device, A.dtype)
     signs = (rows @ rows[:1].sum(0) >= 0).to(A.dtype) * 2 - 1  # of one direction, or two vectors of it could cancel
     vector = signs @ rows
     if vector.shape != (A.size,) or not vector.isfinite().all():
         raise ValueError(f"start needs finite vectors of length {A.size}, one a row, got shape {tuple(start.shape)}")
-    drawn = torch.randn(A.size, generator=generator, dtype=A.dtype, device=A.device)
-    norm, length = (float(A.dot(x, x)) ** 0.5 for x in (drawn, vector))
-    return vector / length + drawn * (_RANDOM_PART / norm) if length else None
+    return vector
 
 
 def _worth_a_look(count: int, pairs: int) -> bool:

@@ -122,19 +122,19 @@ class Krylov:
         rounding = self.rounding * scale
         return Ritz(values, vectors, links, residuals + rounding, errors + rounding, scale)
 
-    def hidden(self, ritz: Ritz, points: Tensor) -> Tensor:
+    def hidden(self, ritz: Ritz, points: Tensor, spread: float) -> Tensor:
         """The odds that a random start hides an eigenvalue at each of the points: (p,) -> (p,), up to 1.
 
         Let y be an eigenvector of A with eigenvalue μ, in coordinates of the basis, and η its part along the next
         vector. Then T y + η·links = μ y and ‖y‖² + η² ≤ 1, which bounds the part ⟨start, y⟩ that the start may have in
-        it: in a tridiagonal T by Christoffel's function (Szegő 1975, 3.4). In a random start of n entries that part is
-        normally distributed with variance 1/n.
+        it: in a tridiagonal T by Christoffel's function (Szegő 1975, 3.4). That part is taken as normally distributed
+        with the standard deviation `spread`, which is 1/√n in a random start of n entries.
         """
         gaps = ritz.values - points[:, None]
         known = gaps.abs().amin(1) > self.rounding * ritz.scale  # at a Ritz value itself there may well be another
         parts = ritz.links / gaps.where(known[:, None], 1.0)
         bound = (parts @ (self.start @ ritz.vectors)).abs() / (1 + parts.square().sum(1)).sqrt()
-        return torch.erf(bound * math.sqrt(self.A.size / 2)).where(known, 1.0)
+        return torch.erf(bound / (spread * math.sqrt(2))).where(known, 1.0)
 
     def ahead(self, steps: int = 12) -> Tensor:
         """The eigenvalues of T continued with the mean of its last three rows: where Ritz values would go next.

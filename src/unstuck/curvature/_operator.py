@@ -26,6 +26,7 @@ class Operator:
     dot: Callable[[Tensor, Tensor], Tensor] = torch.matmul  # of one vector or of the rows of a matrix with a vector
     dtype: torch.dtype = torch.float32  # of the vectors that algorithms make for it
     device: torch.device | str = "cpu"
+    lead: Callable[[], Tensor] | None = None  # () -> (size,), a vector that leans to where the map is strong
 
     def __matmul__(self, v: Tensor) -> Tensor:
         if v.shape != (self.size,):
@@ -35,7 +36,7 @@ class Operator:
     def __add__(self, other: "Operator") -> "Operator":
         if other.size != self.size:
             raise ValueError(f"operators of one size are needed for a sum, got {self.size} and {other.size}")
-        return replace(self, matvec=lambda v: self @ v + other @ v)
+        return replace(self, matvec=lambda v: self @ v + other @ v, lead=self.lead or other.lead)
 
     def __mul__(self, factor: float) -> "Operator":
         return replace(self, matvec=lambda v: factor * (self @ v))
@@ -60,7 +61,9 @@ def hessian(objective: Objective, *, where: Where | None = None) -> Operator:
     `where` restricts it to some parameters: names, of these or of modules that hold them, or a predicate of a name.
     """
     objective = objective if where is None else objective.restrict(where)
-    return Operator(objective.product, objective.size, dtype=objective.dtype, device=objective.device)
+    return Operator(
+        objective.product, objective.size, dtype=objective.dtype, device=objective.device, lead=objective.lead
+    )
 
 
 def operator_of(objective: Objective, where: Where | None, build: Callable[[Chunk], Linear]) -> Operator:

@@ -75,17 +75,21 @@ class Graphs:
         return self._plan
 
     def __iter__(self) -> Iterator[Callable[[Directions], Directions]]:
+        return self.built_by(self._build)
+
+    def built_by(self, build: Callable[[Chunk], Linear]) -> Iterator[Callable[[Directions], Directions]]:
+        """The maps, those that are not kept yet from another function, which may look at what it builds."""
         chunks = self._chunks()
         if self._plan is not None:
             for index, chunk in enumerate(chunks):
-                yield (self._kept.get(index) or self._build(chunk)).apply
+                yield (self._kept.get(index) or build(chunk)).apply
             return
         self._kept.clear()  # what a pass has left that an exception cut short
         limit = self._memory if self._memory is not None else budget(chunks[0].leaves[0].device) if chunks else 0
         held: dict[int, int] = {}  # storages; the graphs share some, as the rows of one tensor of data
         largest, rest = 0, math.fsum(chunk.weight for chunk in chunks)
         for index, chunk in enumerate(chunks):
-            graph = self._build(chunk)
+            graph = build(chunk)
             storages = graph_storages(graph.roots, chunk.leaves)
             self._check(sum(storages.values()))
             added = sum(size for address, size in storages.items() if address not in held)

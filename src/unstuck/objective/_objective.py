@@ -184,6 +184,22 @@ class Objective:
             gradient = self._mean(gradients)
         return self._mean_loss(lambda: losses), gradient
 
+    def lead(self) -> Tensor:
+        """∇L(θ), flat, as a start for Hessian products: it costs next to nothing before the first of them.
+
+        They need its graphs anyway, which are built here, and kept as far as memory allows.
+        """
+        if self.plan is not None:
+            return self.gradient()
+        slopes: list[Sequence[Tensor]] = []
+
+        def gradients() -> Iterator[Sequence[Tensor]]:
+            for _ in self._hessian.built_by(functools.partial(_hessian_of, seen=set(), read=slopes.append)):
+                yield slopes.pop()
+
+        with torch.enable_grad():
+            return self._mean(gradients)
+
     def product(self, v: Tensor) -> Tensor:
         """H v, flat, with H the Hessian of L at θ."""
         return self._apply(self._hessian, v)
@@ -311,10 +327,14 @@ def _unwritten(apply: Callable[[Sequence[Tensor]], Sequence[Tensor]], directions
         raise
 
 
-def _hessian_of(chunk: Chunk, *, seen: set[type]) -> Linear:
+def _hessian_of(chunk: Chunk, *, seen: set[type], read: Callable[[Sequence[Tensor]], object] | None = None) -> Linear:
     loss = chunk.loss()
     with fast_matmul(), second_derivatives():
-        slopes = origins(gradient_of(loss, chunk.leaves, create_graph=True))
+        gradient = gradient_of(loss, chunk.leaves, create_graph=True)
+        slopes = origins(gradient)
+        if read is not None:
+            read([slope.detach() for slope in gradient])
+        del gradient  # its numbers, one a weight, are not needed again
         check_custom(loss, chunk.leaves, ((chunk.at(side), side) for side in both_sides(chunk.leaves)), seen)
     return Linear(functools.partial(along, slopes, chunk.leaves), slopes)
 
