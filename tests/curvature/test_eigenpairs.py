@@ -229,7 +229,9 @@ def test_two_starts_of_one_direction_help_whatever_their_signs():
 
 
 def test_a_lead_brings_out_what_an_unlucky_start_hides():
-    true = torch.cat([torch.randn(2000, generator=seeded(), dtype=torch.float64) * 0.3, torch.tensor([2.0, 17, 20, 24, 44])])
+    true = torch.cat(
+        [torch.randn(2000, generator=seeded(), dtype=torch.float64) * 0.3, torch.tensor([2.0, 17, 20, 24, 44])]
+    )
     size, hidden = len(true), 2000
     unlucky = min(
         range(4000), key=lambda seed: abs(torch.randn(size, generator=seeded(seed), dtype=true.dtype)[hidden])

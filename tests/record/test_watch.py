@@ -113,7 +113,7 @@ def test_two_groups_keep_their_own_rates(tmp_path):
 def test_states_are_the_first_two_recent_ones_and_the_last(tmp_path):
     model = Net()
     start = [p.detach().clone() for p in model.parameters()]
-    with unstuck.watch(folder=tmp_path / "run") as run:
+    with unstuck.watch(folder=tmp_path / "run", budget=1.0) as run:
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=230)
         middle = [p.detach().clone() for p in model.parameters()]
         assert [s.step for s in run.memory().states] == [0, 150, 200, 230]
@@ -123,12 +123,12 @@ def test_states_are_the_first_two_recent_ones_and_the_last(tmp_path):
     assert all(isinstance(s, State) and len(s.weights) == 4 for s in memory.states)
 
 
-def test_the_first_state_of_a_large_model_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(_watch, "FIRST_BYTES", 10)
+def test_of_a_large_model_only_the_last_state_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(_watch, "STATE_BYTES", 10)
     model = Net()
     with unstuck.watch(folder=tmp_path / "run") as run:
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=60)
-    assert [s.step for s in run.memory().states] == [50, 60]
+    assert [s.step for s in run.memory().states] == [60]
 
 
 def test_a_tape_that_cannot_be_written_leaves_the_others(tmp_path):

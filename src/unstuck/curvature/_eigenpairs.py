@@ -59,9 +59,9 @@ def eigenpairs(  # noqa: PLR0913 each argument a student may need, five of them 
     wanted eigenvalue might be, as many of them to a length as were found; it must fall to 0.1, too, and for both
     ends to 0.05.
 
-    Where only the largest are wanted, three or more, the Hessian of an objective adds a quarter of its gradient to the start: most of
-    it lies in their span (Gur-Ari, Roberts and Dyer 2018). `missed` then takes the start to hold as much of a hidden
-    vector as of the found one that it holds least of.
+    Where only the largest are wanted, three or more, the Hessian of an objective adds a quarter of its gradient to the
+    start: most of it lies in their span (Gur-Ari, Roberts and Dyer 2018). `missed` then takes the start to hold as much
+    of a hidden vector as of the found one that it holds least of.
 
     The basis takes one vector a product, up to `memory` bytes; then it is compressed to the Ritz vectors nearest to the
     two ends (thick restart, Wu and Simon 2000), which costs products but no accuracy. `start` warms the search up with

@@ -1,131 +1,148 @@
-"""What is read at every step: cheap numbers, and facts that need no interpretation."""
+"""What is read of the steps of a run: cheap numbers, as often as the time allows."""
 
-import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unstuck.objective import Recorder, Tape, TapeError, tensors
+from unstuck.record._governor import Clock
 
-UPDATE_EVERY = 10  # steps between two measurements of the update: they copy the weights
+UPDATE_EVERY = 10  # steps between two measurements of the update, at the least
+CENSUS_EVERY = 200  # steps between two that are told tensor by tensor
+LARGE = 1 << 14  # numbers of a tensor from which on only each 16th takes part in what needs copies
+STRIDE = 16
+FEW = 32  # numbers that are faster read one by one
+
+Reading = float | Tensor  # a tensor is still on its device, (,) or (k,)
 
 
 class Pulses:
-    """Gradient norm, rate and relative update of the steps of a run."""
+    """The gradient's norm, and now and then the update, and what two gradients in a row have in common.
 
-    def __init__(self) -> None:
-        self._before: list[Tensor] = []
+    One for each optimiser. `budget` is the share of the time that they may take.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, budget: float) -> None:
+        self._groups = optimizer.param_groups
+        self._norms = Clock(budget / 4)
+        self._updates = Clock(budget / 4, least=UPDATE_EVERY)
         self._count = 0
+        self._seconds = 0.0  # of the update being measured
+        self._census = False
+        self._before: list[Tensor] = []  # the weights before the step, sampled
+        self._slopes: list[Tensor] = []  # the gradients of the step before, sampled
+        self._gradients: list[Tensor] = []  # their norms, tensor by tensor
 
-    def before_step(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def before_step(self, pace: float) -> dict[str, Any]:
+        """What the coming step begins with; a step takes `pace` seconds without us."""
         self._count += 1
-        moved = [p for g in optimizer.param_groups for p in g["params"]]
-        gradients = [p.grad for p in moved if p.grad is not None and not p.grad.is_sparse]
-        if self._count <= 2 or self._count % UPDATE_EVERY == 0:
-            self._before = [p.detach().clone() for p in moved]
-        return {
-            "lr": float(optimizer.param_groups[0]["lr"]) if "lr" in optimizer.param_groups[0] else None,
-            "grad_norm": _norm(gradients),
-        }
+        rate = self._groups[0].get("lr")
+        found: dict[str, Any] = {"lr": None if rate is None else float(rate)}
+        norm_due, update_due = self._norms.due(self._count), self._count <= 2 or self._updates.due(self._count)
+        if not (norm_due or update_due or self._slopes):
+            return found
+        moved = [p for g in self._groups for p in g["params"]]
+        slopes = [p.grad for p in moved if p.grad is not None and not p.grad.is_sparse]
+        began = perf_counter()
+        if norm_due or update_due:
+            self._gradients = norms(slopes)
+            found["grad_norm"] = total(self._gradients)
+            self._norms.took(self._count, perf_counter() - began, pace)
+        if self._slopes:
+            found["grad_cosine"] = _cosine(self._slopes, _sampled(slopes))
+            self._slopes = []
+        if update_due:
+            began = perf_counter()
+            self._census = self._count <= 2 or self._count % CENSUS_EVERY < self._updates.every
+            self._before = [p.clone() for p in _sampled(moved)]
+            self._slopes = [s.clone() for s in _sampled(slopes)]
+            self._seconds = 2 * (perf_counter() - began)  # with the cosine of the next step
+        return found
 
-    def after_step(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def after_step(self, pace: float) -> dict[str, Any]:
+        """What the step has done to the weights, where that was due."""
         before, self._before = self._before, []
         if not before:
             return {}
-        moved = [p.detach() for g in optimizer.param_groups for p in g["params"]]
-        size = _norm(before)
-        return {
-            "update_ratio": _norm(torch._foreach_sub(moved, before)) / size if size else math.inf,
-            "weight_norm": size,
-        }
+        began = perf_counter()
+        moved = [p for g in self._groups for p in g["params"]]
+        after = _sampled(moved)
+        found: dict[str, Any] = {}
+        if [a.shape for a in after] == [b.shape for b in before]:  # else the step has exchanged some
+            shares = [len(b) / max(p.numel(), 1) for p, b in zip(moved, before, strict=True)]
+            weights, updates = norms(before), norms(torch._foreach_sub(after, before))
+            found["weight_norm"] = total(weights, shares)
+            found["update_ratio"] = _ratio(total(updates, shares), found["weight_norm"])
+            if self._census:
+                found["tensors"] = {"weight": weights, "gradient": self._gradients, "update": updates}
+        self._updates.took(self._count, self._seconds + perf_counter() - began, pace)
+        return found
 
 
-def _norm(parts: Sequence[Tensor]) -> float:
+def norms(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The norm of each tensor, 0-d."""
+    return list(torch._foreach_norm(list(parts))) if parts else []
+
+
+def total(parts: Sequence[Tensor], shares: Sequence[float] | None = None) -> Reading:
+    """The norm of the whole from those of its parts, of which only shares may have been looked at."""
     if not parts:
         return 0.0
-    norms = [n.to(parts[0].device, torch.float64) for n in torch._foreach_norm(list(parts))]
-    return float(torch.linalg.vector_norm(torch.stack(norms)))
+    factors = [1.0] * len(parts) if shares is None else [1 / s if s else 0.0 for s in shares]
+    if parts[0].device.type == "cpu" and len(parts) <= FEW:
+        return math.sqrt(sum(f * float(n) ** 2 for f, n in zip(factors, parts, strict=True)))
+    device = parts[0].device
+    squares = torch.stack([n.to(device, torch.float64) for n in parts]).square()
+    whole = (squares if shares is None else squares * torch.tensor(factors, device=device).double()).sum().sqrt()
+    return float(whole) if device.type == "cpu" else whole
 
 
-class StaleGradients:
-    """Notices gradients that one step used and the next step uses again, because nobody cleared them."""
-
-    WATCHED = 3  # parameters of each optimiser: a missing zero_grad() concerns all of them
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._left: dict[int, list[tuple[Tensor, int, int]]] = {}  # by optimiser: parameter, its grad's id and version
-        self._stale: dict[int, bool] = {}
-
-    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
-        moved = (p for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
-        self._left[id(optimizer)] = [
-            (p, id(p.grad), p.grad._version) for p, _ in zip(moved, range(self.WATCHED), strict=False)
-        ]
-        self._stale[id(optimizer)] = False
-
-    def note_backward(self) -> None:
-        """At the start of backward(): whether what the last step used is still there."""
-        for key, left in self._left.items():
-            here = [(p.grad, i, v) for p, i, v in left]
-            untouched = bool(left) and all(g is not None and id(g) == i and g._version == v for g, i, v in here)
-            if untouched:
-                self._stale[key] = any(bool(g.any()) for g, _, _ in here if g is not None)
-            elif self._stale[key]:  # added to by an earlier backward of this step, or cleared since
-                self._stale[key] = all(g is not None and bool(g.any()) for g, _, _ in here)
-
-    def used_by(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
-        """A parameter whose old gradient is part of the one that the coming step uses."""
-        if not self._stale.get(id(optimizer)):
-            return None
-        left = self._left[id(optimizer)]
-        if any(p.grad is None or id(p.grad) != i for p, i, _ in left):
-            return None
-        self.count += 1
-        return left[0][0]
+def settled(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The records with all their readings as numbers, read from each device at once."""
+    found: dict[int, Any] = {}
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in _tensors(records):
+        by_device.setdefault(tensor.device, []).append(tensor)
+    for tensors in by_device.values():
+        flat = torch.cat([t.detach().reshape(1).double() for t in tensors]).tolist()
+        found.update(zip(map(id, tensors), flat, strict=True))
+    return [_with_numbers(record, found) for record in records]
 
 
-def cut_off(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Parameters that the step computed with and the optimiser moves, but that no gradient reaches."""
-    if not recorder.cuts:
-        return []
-    moved = {id(p) for g in optimizer.param_groups for p in g["params"]}
-    used = [recorder.leaves[k] for k in sorted(recorder.used)]
-    return [p for p in used if id(p) in moved and p.requires_grad and p.grad is None]
+def _tensors(x: Any) -> Iterable[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (Mapping, list, tuple)):
+        for part in x.values() if isinstance(x, Mapping) else x:
+            yield from _tensors(part)
 
 
-def orphans(recorder: Recorder, optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
-    """Parameters that receive a gradient and that no optimiser moves."""
-    moved = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
-    used = [recorder.leaves[k] for k in sorted(recorder.used)]
-    return [p for p in used if p.requires_grad and p.grad is not None and id(p) not in moved]
+def _with_numbers(x: Any, found: Mapping[int, float]) -> Any:
+    if isinstance(x, Tensor):
+        return found[id(x)]
+    if isinstance(x, Mapping):
+        return {key: _with_numbers(part, found) for key, part in x.items()}
+    return [_with_numbers(part, found) for part in x] if isinstance(x, (list, tuple)) else x
 
 
-def first_nonfinite(tape: Tape | None, leaves: Sequence[Tensor], name: Callable[[Tensor], str]) -> dict[str, Any]:
-    """Where the first number that is not finite arose: a parameter, the batch, or a call of the forward pass."""
-    for leaf in leaves:
-        if not bool(leaf.isfinite().all()):
-            return {"origin": "parameter", "where": name(leaf)}
-    if tape is None:
-        return {"origin": "unknown", "where": ""}
-    for k, constant in enumerate(tape.constants):
-        if constant.is_floating_point() and bool((constant.isnan() | constant.isposinf()).any()):
-            flat = constant.flatten(1) if constant.dim() > 1 else constant.unsqueeze(1)
-            rows = (~flat.isfinite()).any(1).nonzero().flatten().tolist()
-            return {
-                "origin": "batch",
-                "where": f"input {k} of the step, shape {tuple(constant.shape)}",
-                "rows": rows[:20],
-            }
-    found: list[str] = []
+def _sampled(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each tensor flat, of a large one each 16th number."""
+    flat = [t.detach().reshape(-1) for t in tensors]
+    return [f[::STRIDE] if len(f) > LARGE else f for f in flat]
 
-    def look(call: Any, args: Any, result: Any) -> None:
-        if not found and any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors(result)):
-            found.append(call.name)
 
-    with contextlib.suppress(TapeError):
-        tape.replay([p.detach() for p in leaves], observe=look)
-    return {"origin": "forward", "where": found[0] if found else ""}
+def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> Reading | None:
+    if not a or [x.shape for x in a] != [x.shape for x in b]:
+        return None
+    products = [torch.vdot(x, y).real if x.is_complex() else torch.dot(x, y) for x, y in zip(a, b, strict=True)]
+    device = products[0].device
+    both = torch.stack([p.to(device, torch.float64) for p in products]).sum()
+    lengths = total(norms(a)) * total(norms(b))
+    return _ratio(float(both) if device.type == "cpu" else both, lengths)
+
+
+def _ratio(a: Reading, b: Reading) -> Reading:
+    return a / b if isinstance(b, Tensor) or b else math.inf

@@ -29,6 +29,7 @@ class Live(Protocol):
     """What a run needs of the watcher that still writes it."""
 
     def save(self) -> None: ...
+    def flush(self) -> None: ...
     def paused(self) -> contextlib.AbstractContextManager[None]: ...
 
 
@@ -54,6 +55,8 @@ class Run:
     def events(self) -> list[dict[str, Any]]:
         """All records of the log, in order."""
         path = self.folder / NAME
+        if self._live is not None:
+            self._live.flush()
         if path.is_file() and path.stat().st_size > self._read:
             new, self._read = read_log(path, self._read)
             self._events += new

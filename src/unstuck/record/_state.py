@@ -51,14 +51,15 @@ class Optimizer:
         return built
 
 
-def snapshot(step: int, leaves: Sequence[Tensor], optimizer: torch.optim.Optimizer | None) -> State:
-    """Copies of the weights and of the optimiser's state."""
-    return State(
-        step, tuple(p.detach().clone() for p in leaves), None if optimizer is None else taken_apart(optimizer, leaves)
-    )
+def snapshot(
+    step: int, leaves: Sequence[Tensor], optimizer: torch.optim.Optimizer | None, *, copy: bool = True
+) -> State:
+    """Copies of the weights and of the optimiser's state; without `copy` these themselves, to be written at once."""
+    weights = tuple(p.detach().clone() if copy else p.detach() for p in leaves)
+    return State(step, weights, None if optimizer is None else taken_apart(optimizer, leaves, copy=copy))
 
 
-def taken_apart(optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor]) -> Optimizer:
+def taken_apart(optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor], *, copy: bool = True) -> Optimizer:
     index = {id(p): k for k, p in enumerate(leaves)}
     kind = type(optimizer)
     return Optimizer(
@@ -68,7 +69,9 @@ def taken_apart(optimizer: torch.optim.Optimizer, leaves: Sequence[Tensor]) -> O
             for g in optimizer.param_groups
         ),
         members=tuple(tuple(index[id(p)] for p in g["params"]) for g in optimizer.param_groups),
-        state={index[id(p)]: _copied(values) for p, values in optimizer.state.items() if id(p) in index},
+        state={
+            index[id(p)]: _copied(values) if copy else values for p, values in optimizer.state.items() if id(p) in index
+        },
     )
 
 

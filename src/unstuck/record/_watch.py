@@ -17,18 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from unstuck.objective import Recorder, Tape, TapeError, caller, pack
-from unstuck.record._deck import Deck
+from unstuck.record._deck import KEPT, Deck
+from unstuck.record._facts import StaleGradients, cut_off, first_nonfinite, orphans
+from unstuck.record._governor import Alarm, Clock
 from unstuck.record._hooks import Hooks
 from unstuck.record._log import NAME, Log, warn
 from unstuck.record._models import models_alive, parameter_names
-from unstuck.record._pulses import Pulses, StaleGradients, cut_off, first_nonfinite, orphans
+from unstuck.record._pulses import Pulses, settled
 from unstuck.record._run import TAPES, Run
 from unstuck.record._state import State, pack_state, snapshot
 
 FOLDER = Path("unstuck-runs")
-FREE_SECONDS = 2.0  # what watching may take before the promised share counts
-SNAPSHOT_EVERY = 50  # steps
-FIRST_BYTES = 256 << 20  # of the weights: where they are larger, those at the start are not kept
+FREE_SECONDS = 2.0  # what the first tapes, and those after an alarm, may take beside the promised share
+MARGIN = 0.7  # of the promised share: the rest is for what we cannot time, as the caches that we use
+SNAPSHOT_EVERY = 50  # steps, at the least
+STATE_BYTES = 256 << 20  # of the weights: where they are larger, only those at the end are kept
+PENDING = 16  # steps whose readings may wait on a device
 
 
 class Watch:
@@ -47,12 +51,25 @@ class Watch:
         self._names: list[str] = []  # of the leaves: kept, since a model may be gone before its run is written
         self._deck = Deck(self._leaves)
         self._optimizers: list[torch.optim.Optimizer] = []
-        self._pulses = Pulses()
+        self._sizes: list[int] = []  # how many parameters each of them has
+        self._pulses: list[Pulses] = []  # of each optimiser
         self._stale = StaleGradients()
         self._losses: list[Tensor] = []  # what backward was called on since the last step
+        self._scaled: list[tuple[Tensor, Tensor]] = []  # losses that a GradScaler has multiplied, and what they were
         self._record: dict[str, Any] = {}  # of the step being taken
+        self._skipped = 0  # steps that a GradScaler left out
+        self._finite = True  # whether the last loss was
+        self._told: dict[str, Any] = {"skipped": 0}  # what changes rarely, as it was last logged
+        self._pending: list[dict[str, Any]] = []  # records with readings that are still on a device
         self._counts: dict[str, int] = {}
         self._heard = 0  # steps that a recorder was on for
+        self._wanted = KEPT  # tapes that need not wait for the promised share
+        self._alarm = Alarm()
+        self._free = 0.0  # seconds spent on them
+        self._mark: float | None = None  # what had been spent when such a tape was begun
+        self._pace = 0.0  # seconds of a step without us, the latest counting most
+        self._last = (0.0, 0.0)  # the time and what had been spent after the last step
+        self._snapshots = Clock(budget / 8, SNAPSHOT_EVERY)
         self._first: list[State] = []  # the weights at the start, unless they are too large to keep
         self._recent: deque[State] = deque(maxlen=2)
         self._saved = -1
@@ -83,6 +100,7 @@ class Watch:
         self._deck.close()
         if os.getpid() != self._process:
             return  # a fork of the script that came this far: the run is its parent's
+        self.flush()
         self.save()
         end = {
             "time": self._elapsed(),
@@ -113,9 +131,15 @@ class Watch:
             warn(f"the recorded steps could not be saved: {error}; the diagnosis rests on the log alone")
         self._saved = self.steps
 
+    def flush(self) -> None:
+        """Writes what was read of the steps so far."""
+        pending, self._pending = self._pending, []
+        for record in settled(pending):
+            self._write(record, None)
+
     def _packed(self) -> dict[str, Any]:
         self._learn_names()
-        last = snapshot(self.steps, self._leaves, self._only())
+        last = snapshot(self.steps, self._leaves, self._only(), copy=False)
         states = [*self._first, *(s for s in self._recent if s.step < self.steps), last]
         data = pack(self._packable())
         data["names"] = self._names
@@ -159,73 +183,64 @@ class Watch:
     def compiling(self) -> None:
         self._deck.silence()
 
+    def scaled(self, loss: Any, result: Any) -> None:
+        if isinstance(loss, Tensor) and isinstance(result, Tensor):
+            self._scaled.append((result, loss.detach()))
+
+    def scale_updated(self) -> None:
+        if self._losses:  # the step was left out: its gradients were not finite
+            self._skipped += 1
+            self._forget_losses()
+
     def backward_called(self, roots: list[Tensor]) -> None:
-        self._losses.extend(t.detach() for t in roots if t.numel() == 1)
+        for root in roots:
+            if root.numel() == 1:
+                original = next((loss for result, loss in self._scaled if result is root), root.detach())
+                self._losses.append(original if original.device.type == "cpu" else original.clone())
         self._stale.note_backward()
         self._deck.root(roots)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         recorder = self._deck.silence()
-        self._meet(optimizer)
-        tape = None if recorder is None else self._deck.compiled(recorder, self.steps + 1)
-        if self.steps == 0 and sum(p.nbytes for p in self._leaves) <= FIRST_BYTES:
-            self._first = [snapshot(0, self._leaves, self._only())]
+        pulses = self._pulses[self._meet(optimizer)]
         stale = self._stale.used_by(optimizer)
         if stale is not None:
             self._counted("stale-gradient", of=self.steps + 1, where=self._name(stale), line=caller())
-        if tape is not None and stale is None and not self._deck.check(tape, _moved(optimizer)):
-            tape = None
-        if tape is not None:
-            self._deck.keep(tape)
-        if recorder is not None:
-            self._note_parameters(recorder, optimizer)
-        self._record = self._pulses.before_step(optimizer)
+        if self.steps == 0 and self._bytes() <= STATE_BYTES:
+            self._first = [snapshot(0, self._leaves, self._only())]
+        tape = None if recorder is None else self._heard_step(recorder, optimizer, fit=stale is None)
+        self._record = pulses.before_step(self._pace)
         self._read_loss(tape)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1
-        if "loss" not in self._record and self._losses:  # the optimiser called backward itself, in a closure
-            self._record["loss"] = float(self._losses[-1])
-        self._record.update(self._pulses.after_step(optimizer))
-        which = self._optimizers.index(optimizer)
-        self._log.write("step", step=self.steps, time=self._elapsed(), optimizer=which, **self._record)
+        which = self._meet(optimizer)
+        record = {"step": self.steps, "time": self._elapsed(), "optimizer": which, **self._record}
+        if "loss" not in record and self._losses:  # the optimiser called backward itself, in a closure
+            record["loss"] = self._losses[-1] if self._losses[-1].is_cuda else float(self._losses[-1])
+        record.update(self._pulses[which].after_step(self._pace))
+        record.update(self._news())
         self._stale.note_step(optimizer)
-        self._losses.clear()
-        if self.steps % SNAPSHOT_EVERY == 0 and math.isfinite(self._record.get("loss") or 0.0):
-            self._recent.append(snapshot(self.steps, self._leaves, self._only()))
-        if self._spent() < FREE_SECONDS + self._budget * self._elapsed():
-            self._deck.listen()
+        self._forget_losses()
+        if self._pending or isinstance(record.get("loss"), Tensor) or isinstance(record.get("grad_norm"), Tensor):
+            self._pending.append(record)
+            if len(self._pending) >= PENDING:
+                self.flush()
+        else:
+            self._write(settled([record])[0] if "tensors" in record else record, None)
+        if self._snapshots.due(self.steps) and self._bytes() <= STATE_BYTES:
+            self._snapshot()
+        self._keep_pace()
+        self._listen_on()
 
-    def gave_up(self, reason: str) -> None:
-        self._deck.close()
-        self._fact("watcher-failed", because=reason)
-        warn(f"watching ended at step {self.steps + 1}: {reason}; the training goes on")
-
-    def _meet(self, optimizer: torch.optim.Optimizer) -> None:
-        """Makes the optimiser's parameters known, and names them by the models that own them."""
-        known = {id(p) for p in self._leaves}
-        new = [p for p in _moved(optimizer) if id(p) not in known]
-        if new:
-            self._deck.silence()  # a recorder counts the leaves that it began with
-            self._leaves += new
-        if len(self._leaves) != len(self._names):
-            self._learn_names()
-        if any(optimizer is o for o in self._optimizers):
-            return
-        self._optimizers.append(optimizer)
-        groups = [{k: v for k, v in g.items() if isinstance(v, (bool, int, float))} for g in optimizer.param_groups]
-        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-        self._log.write(
-            "optimizer", index=len(self._optimizers) - 1, name=kind, groups=groups, parameters=len(_moved(optimizer))
-        )
-
-    def _meet_again(self) -> None:
-        """Optimisers may have got parameters since their last step."""
-        for optimizer in self._optimizers:
-            self._meet(optimizer)
-
-    def _note_parameters(self, recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
+    def _heard_step(self, recorder: Recorder, optimizer: torch.optim.Optimizer, *, fit: bool) -> Tape | None:
+        """The tape of the step that was recorded, if it can be trusted."""
         self._heard += 1
+        tape = self._deck.compiled(recorder, self.steps + 1)
+        if tape is not None and fit and not self._deck.check(tape, _moved(optimizer)):
+            tape = None
+        if tape is not None:
+            self._deck.keep(tape)
         cut = cut_off(recorder, optimizer)
         if cut:
             function, line = recorder.cuts[0]
@@ -233,15 +248,107 @@ class Watch:
         lost = orphans(recorder, self._optimizers)
         if lost:
             self._counted("orphan-gradient", of=self._heard, names=[self._name(p) for p in lost])
+        return tape
+
+    def _news(self) -> dict[str, Any]:
+        """What rarely changes, where it has: the order of the calls, and whether the models are in training mode."""
+        now: dict[str, Any] = {"order": self._hooks.taken_order() + "s", "skipped": self._skipped}
+        if self._models:
+            now["training"] = all(m.training for m in self._models)
+        news = {key: value for key, value in now.items() if value != self._told.get(key)}
+        self._told.update(news)
+        return news
+
+    def _write(self, record: dict[str, Any], tape: Tape | None) -> None:
+        """Logs a step, all of whose readings are numbers."""
+        loss = record.get("loss")
+        if loss is not None:
+            if self._alarm.rings(loss):
+                self._wanted = KEPT
+            if not math.isfinite(loss) and "non-finite" not in self._counts:
+                tape = tape or next((t for t in self._deck.tapes if t.step == record["step"]), None)
+                where = first_nonfinite(tape, self._leaves, self._name)
+                self._counted("non-finite", of=record["step"], step=record["step"], loss=loss, **where)
+        self._log.write("step", **record)
+
+    def _snapshot(self) -> None:
+        began = time.perf_counter()
+        if self._finite:
+            self._recent.append(snapshot(self.steps, self._leaves, self._only()))
+        self._snapshots.took(self.steps, time.perf_counter() - began, self._pace)
+
+    def _keep_pace(self) -> None:
+        now, spent = self._elapsed(), self._spent()
+        step = (now - self._last[0]) - (spent - self._last[1])
+        self._last = now, spent
+        self._pace = step if not self._pace else 0.9 * self._pace + 0.1 * max(step, 0.0)
+
+    def _listen_on(self) -> None:
+        """Records the next step too, if that is free or within the promised share."""
+        spent = self._spent()
+        if self._mark is not None:
+            self._free += spent - self._mark
+            self._wanted -= 1
+            self._mark = None
+        if self._wanted > 0 and self._free < FREE_SECONDS:
+            self._mark = spent
+        if self._mark is not None or spent - self._free < MARGIN * self._budget * self._elapsed():
+            self._deck.listen()
+
+    def gave_up(self, reason: str) -> None:
+        self._deck.close()
+        self._fact("watcher-failed", because=reason)
+        warn(f"watching ended at step {self.steps + 1}: {reason}; the training goes on")
+
+    def _meet(self, optimizer: torch.optim.Optimizer) -> int:
+        """Makes the optimiser's parameters known, and names them by the models that own them; its number."""
+        count = sum([len(g["params"]) for g in optimizer.param_groups])
+        for k, known in enumerate(self._optimizers):
+            if known is optimizer and self._sizes[k] == count:
+                return k
+        known = {id(p) for p in self._leaves}
+        new = [p for p in _moved(optimizer) if id(p) not in known]
+        if new:
+            self._deck.silence()  # a recorder counts the leaves that it began with
+            self._leaves += new
+        if len(self._leaves) != len(self._names):
+            self._learn_names()
+        for k, known in enumerate(self._optimizers):
+            if known is optimizer:
+                self._sizes[k] = count
+                return k
+        self._optimizers.append(optimizer)
+        self._sizes.append(count)
+        self._pulses.append(Pulses(optimizer, self._budget))
+        groups = [{k: v for k, v in g.items() if isinstance(v, (bool, int, float))} for g in optimizer.param_groups]
+        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        number = len(self._optimizers) - 1
+        self._log.write("optimizer", index=number, name=kind, groups=groups, parameters=count)
+        return number
+
+    def _meet_again(self) -> None:
+        """Optimisers may have got parameters since their last step."""
+        self._sizes = [-1] * len(self._optimizers)
+        for optimizer in self._optimizers:
+            self._meet(optimizer)
 
     def _read_loss(self, tape: Tape | None) -> None:
         if not self._losses:
             return
-        loss = float(sum(self._losses[1:], self._losses[0]))
+        here = all(loss.device.type == "cpu" for loss in self._losses)
+        loss = sum(map(float, self._losses)) if here else torch.stack([x.double() for x in self._losses]).sum()
         self._record["loss"] = loss
         self._record["backwards"] = len(self._losses)
-        if not math.isfinite(loss) and "non-finite" not in self._counts:
-            self._counted("non-finite", of=self.steps + 1, loss=loss, **first_nonfinite(tape, self._leaves, self._name))
+        if not here:
+            return
+        self._finite = math.isfinite(loss)
+        if not self._finite and "non-finite" not in self._counts:  # now, while the weights are still those of the loss
+            where = first_nonfinite(tape, self._leaves, self._name)
+            self._counted("non-finite", of=self.steps + 1, loss=loss, **where)
+
+    def _forget_losses(self) -> None:
+        self._losses.clear()
+        self._scaled.clear()
 
     def _counted(self, code: str, *, of: int, **values: Any) -> None:
         """Logs a fact that may hold at every one `of` the steps looked at: once, and when its count has doubled."""
@@ -250,7 +357,7 @@ class Watch:
             self._fact(code, count=count, of=of, **values)
 
     def _fact(self, code: str, **values: Any) -> None:
-        self._log.write("fact", code=code, step=self.steps + 1, **values)
+        self._log.write("fact", code=code, **{"step": self.steps + 1, **values})
 
     def _learn_names(self) -> None:
         self._names = parameter_names(self._leaves, self._models)
@@ -265,6 +372,9 @@ class Watch:
 
     def _only(self) -> torch.optim.Optimizer | None:
         return self._optimizers[0] if len(self._optimizers) == 1 else None
+
+    def _bytes(self) -> int:
+        return sum([p.nbytes for p in self._leaves])
 
     def _spent(self) -> float:
         return self._hooks.seconds + self._deck.seconds
