@@ -93,10 +93,13 @@ class Watch:
         self._log.write("end", outcome=outcome, **end)
         self._log.close()
 
+    def flush(self) -> None:
+        """Has the log show the run as it stands."""
+        self._log.flush()
+
     def save(self) -> None:
         """Writes the tapes and states to the run folder, whole or not at all."""
-        if not (self.folder / NAME).is_file():
-            self._log.fail(f"{self.folder / NAME} is gone")
+        self._log.flush()  # which notices that the folder is gone
         if self._saved == self.steps or not self._deck.tapes or self._log.failed:
             return
         path = self.folder / TAPES
