@@ -183,7 +183,7 @@ def since(case: Case) -> int:
 
 
 def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
-    reasons = next((e["refusals"] for e in reversed(case.run.events) if e.get("refusals")), {})
+    reasons = next((e["refusals"] for e in reversed(case.run.of("end")) if e.get("refusals")), {})
     because = max(reasons, key=reasons.__getitem__) if reasons else "no step could be recorded for replay"
     level = case["loss over chance"]
     if sign != DIVERGED and (level is None or level.value < 0.8):
