@@ -62,7 +62,7 @@ class Log:
             del self._lines[: len(lines)]  # one more may have come
             self._written = monotonic()
             try:
-                if not os.path.samestat(os.stat(self._path), os.fstat(self._file.fileno())):
+                if not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
                     raise FileNotFoundError
             except OSError:
                 self.fail(f"{self._path} is gone")

@@ -34,7 +34,8 @@ def shared_folder(parent: Path, name: str, file: str) -> Path:
         told.append(_process(os.getppid()))
     key = hashlib.sha256("\n".join(told).encode(errors="replace")).hexdigest()[:8]
     names = itertools.chain([f"{name}-{key}"], (f"{name}-{key}-{k}" for k in itertools.count(2)))
-    return next(parent / n for n in names if not os.path.exists(parent / n / file))
+    # Path.exists raises where a folder cannot be looked into
+    return next(parent / n for n in names if not os.path.exists(parent / n / file))  # noqa: PTH110
 
 
 def _process(pid: int) -> str:

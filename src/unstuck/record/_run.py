@@ -56,14 +56,17 @@ class Run:
         self._read = 0  # bytes
         self._others: dict[int, Run] = {}
         if live is None and not self._log.is_file():
-            raise ValueError(f"a run folder with a {name} was needed, got {self.folder}: `unstuck run SCRIPT` makes one")
+            raise ValueError(
+                f"a run folder with a {name} was needed, got {self.folder}: `unstuck run SCRIPT` makes one"
+            )
 
     def _up_to_date(self) -> None:
         """Reads on from where the log was read to."""
         if self._live is not None:
             self._live.flush()
         if self._log.is_file() and self._log.stat().st_size > self._read:
-            for records, self._read in blocks(self._log, self._read):
+            for records, end in blocks(self._log, self._read):
+                self._read = end
                 self._series.extend([r for r in records if r["kind"] == "step"])
                 self._told += [loose(r) for r in records if r["kind"] != "step"]
 

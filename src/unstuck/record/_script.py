@@ -11,6 +11,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import NamedTuple
 
 from unstuck.record._log import NAME
+from unstuck.record._ranks import ranked
 from unstuck.record._run import Run
 from unstuck.record._watch import Watch, new_folder
 
@@ -57,7 +58,8 @@ def run_script(
         raise SystemExit(status)  # a fork of the script ends where the script ends
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    return Outcome(Run(place) if (place / NAME).is_file() else None, status, outcome == "interrupted")
+    log = place / ranked(NAME, watcher.rank)
+    return Outcome(Run(place, rank=watcher.rank) if log.is_file() else None, status, outcome == "interrupted")
 
 
 def _compiled(path: Path, file: str) -> CodeType:

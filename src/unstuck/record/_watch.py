@@ -22,6 +22,7 @@ from unstuck.record._hooks import Hooks
 from unstuck.record._log import NAME, Log, warn
 from unstuck.record._models import models_alive, parameter_names
 from unstuck.record._pulses import Pulses, StaleGradients, cut_off, first_nonfinite, orphans
+from unstuck.record._ranks import own_rank, ranked, shared_folder
 from unstuck.record._run import TAPES, Run
 from unstuck.record._state import State, pack_state, snapshot
 
@@ -35,13 +36,15 @@ class Watch:
     """The watcher of one process: `start` it, and `stop` it whatever happens in between."""
 
     def __init__(self, folder: Path, *, models: Sequence[nn.Module] = (), budget: float = 0.02) -> None:
-        if (folder / NAME).exists():
+        self.rank = own_rank()
+        name = ranked(NAME, self.rank)
+        if (folder / name).exists():
             raise ValueError(f"a folder without a run was needed, but {folder} holds one: name another or delete it")
         self.folder = folder
         self.steps = 0
         self._models = list(models)
         self._budget = budget
-        self._log = Log(folder)
+        self._log = Log(folder, name)
         self._hooks = Hooks(self)
         self._leaves: list[Tensor] = []
         self._names: list[str] = []  # of the leaves: kept, since a model may be gone before its run is written
@@ -102,7 +105,7 @@ class Watch:
         self._log.flush()  # which notices that the folder is gone
         if self._saved == self.steps or not self._deck.tapes or self._log.failed:
             return
-        path = self.folder / TAPES
+        path = self.folder / ranked(TAPES, self.rank)
         part = path.with_suffix(".part")
         try:
             self._meet_again()
@@ -298,7 +301,7 @@ def watch(
     watcher = Watch(place, models=[] if model is None else [model], budget=budget)
     watcher.start(script, sys.argv[1:], [] if optimizer is None else [optimizer])
     outcome = "finished"
-    run = Run(place, live=watcher)
+    run = Run(place, live=watcher, rank=watcher.rank)
     try:
         yield run
     except KeyboardInterrupt:
@@ -312,7 +315,13 @@ def watch(
 
 
 def new_folder(name: str) -> Path:
-    """Makes a folder for a run, named after the time and the script; no other run has it."""
+    """Makes a folder for a run, named after the time and the script; no other run has it.
+
+    Ranks that train together get one folder.
+    """
+    rank = own_rank()
+    if rank is not None:
+        return shared_folder(FOLDER, name, ranked(NAME, rank))
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = FOLDER / f"{stamp}-{name}"
     for k in range(2, 1000):
