@@ -36,7 +36,7 @@ class Log:
         self._written = -math.inf
         self._process = os.getpid()
         try:
-            self._path = folder.absolute() / name  # the script may change its working directory
+            self._path = placed(folder) / name
             folder.mkdir(parents=True, exist_ok=True)
             self._file = _sealed(self._path)
         except OSError as error:
@@ -173,6 +173,14 @@ def _one_by_one(lines: bytes) -> tuple[list[dict[str, Any]], int]:
         records.append(record)
         end += len(line) + 1
     return records, end
+
+
+def placed(folder: Path) -> Path:
+    """The folder wherever the script goes: it may change its working directory."""
+    try:
+        return folder.absolute()
+    except OSError:
+        return folder  # there is no working directory any more
 
 
 def warn(text: str) -> None:

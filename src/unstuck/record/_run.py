@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from unstuck.objective import Tape, TapeError, unpack
-from unstuck.record._log import NAME, blocks, loose, read_log
+from unstuck.record._log import NAME, blocks, loose, placed, read_log
 from unstuck.record._ranks import ranked
 from unstuck.record._series import Series
 from unstuck.record._state import State, unpack_state
@@ -48,7 +48,7 @@ class Run:
         self.folder = Path(folder)
         self.rank = rank or 0
         name = ranked(NAME, rank)
-        self._log = self.folder.absolute() / name  # the script may change its working directory
+        self._log = placed(self.folder) / name
         self._tapes = self._log.with_name(ranked(TAPES, rank))
         self._live = live
         self._series = Series()
