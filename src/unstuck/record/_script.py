@@ -75,6 +75,7 @@ def _compiled(path: Path, file: str) -> CodeType:
 def _as_main(file: str, argv: list[str]) -> Iterator[ModuleType]:
     """The module that the script runs in, in place as the main program."""
     was = sys.argv, sys.path[:], sys.modules["__main__"]
+    here = Path.cwd()
     main = ModuleType("__main__")
     loader = SourceFileLoader("__main__", file)
     main.__dict__.update(__file__=file, __builtins__=builtins, __annotations__={}, __cached__=None, __loader__=loader)
@@ -84,6 +85,8 @@ def _as_main(file: str, argv: list[str]) -> Iterator[ModuleType]:
         yield main
     finally:
         sys.argv, sys.path[:], sys.modules["__main__"] = was
+        with contextlib.suppress(OSError):
+            os.chdir(here)  # the run folder may be named from here
 
 
 def _status(stop: SystemExit) -> int:

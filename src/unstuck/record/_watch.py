@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unstuck.objective import Recorder, Tape, TapeError, caller, pack
 from unstuck.record._deck import Deck
 from unstuck.record._hooks import Hooks
-from unstuck.record._log import NAME, Log, warn
+from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import models_alive, parameter_names
 from unstuck.record._pulses import Pulses, StaleGradients, cut_off, first_nonfinite, orphans
 from unstuck.record._ranks import own_rank, ranked, shared_folder
@@ -40,7 +40,7 @@ class Watch:
         name = ranked(NAME, self.rank)
         if (folder / name).exists():
             raise ValueError(f"a folder without a run was needed, but {folder} holds one: name another or delete it")
-        self.folder = folder
+        self.folder = placed(folder)
         self.steps = 0
         self._models = list(models)
         self._budget = budget
