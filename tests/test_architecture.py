@@ -8,7 +8,7 @@ import pytest
 
 HOUSE = Path(__file__).parents[1] / "src" / "unstuck"
 ROOMS = ("objective", "curvature", "critical", "optim", "surface", "record", "diagnosis", "racing", "report")
-DOORS = ("studies", "integrations", "cli", "testing", "demo")
+DOORS = ("studies", "integrations", "cli", "__main__", "testing", "demo")
 FILES = sorted(HOUSE.rglob("*.py"))
 LINES = 450
 
@@ -59,7 +59,7 @@ def test_a_room_imports_only_rooms_before_it_and_by_their_door(path, tree):
             assert ROOMS.index(there) < ROOMS.index(here), f"{here} comes before {there}"
         elif here == "":
             assert there in ROOMS
-        elif here != "cli":  # the command shows the demonstration
+        elif here not in ("cli", "__main__"):  # the command shows the demonstration
             assert there not in DOORS, f"{here} imports a door"
 
 
@@ -95,7 +95,7 @@ def test_a_class_inherits_at_most_once_inside_the_house():
     assert {name: depth(name) for name in bases if depth(name) > 1} == {}
 
 
-def test_no_global_switches(tree):
+def test_no_global_switches(path, tree):
     assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Global)]
     environment = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr == "environ"]
-    assert environment == []
+    assert environment == [] or path.name == "_ranks.py"  # torchrun tells a process its rank there

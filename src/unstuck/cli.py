@@ -57,6 +57,8 @@ def run(
     if done.run is None:
         console.print("unstuck: the run folder could not be written: there is nothing to diagnose.", soft_wrap=True)
         raise typer.Exit(done.status)
+    if done.run.rank:
+        raise typer.Exit(done.status)  # the first rank tells the verdict
     if done.run.steps == 0:
         console.print(
             f"unstuck: no step of a torch.optim optimiser was seen in {script}: there is nothing to diagnose.",

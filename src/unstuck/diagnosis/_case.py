@@ -145,11 +145,12 @@ class Case:
 
 def _losses(run: Run) -> tuple[list[int], list[float]]:
     """Steps and losses of the optimiser that has most of them: those of another (in a GAN) are of another function."""
-    known = [e for e in run.of("step") if e.get("loss") is not None]
-    owners = [e.get("optimizer", 0) for e in known]
+    steps, losses = run.series("loss")
+    optimizers = dict(zip(*run.series("optimizer"), strict=True))
+    owners = [optimizers.get(step, 0) for step in steps]
     owner = max(dict.fromkeys(owners), key=owners.count, default=0)
-    mine = [e for e, o in zip(known, owners, strict=True) if o == owner]
-    return [e["step"] for e in mine], [float(e["loss"]) for e in mine]
+    mine = [k for k, o in enumerate(owners) if o == owner]
+    return [steps[k] for k in mine], [losses[k] for k in mine]
 
 
 def rebuilt(state: State, weights: Sequence[Tensor]) -> torch.optim.Optimizer:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from unstuck.diagnosis._case import Case, Measure
-from unstuck.diagnosis._exact import EXACT, exact_findings
+from unstuck.diagnosis._exact import EXACT, exact_findings, on_rank
 from unstuck.diagnosis._findings import (
     CANNOT_TELL,
     PROVED,
@@ -54,7 +54,7 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
         return _result(run, exact, EXACT, dict.fromkeys((h.code for h in hypotheses), because))
     sign = symptom(case)
     if sign is None:
-        return _result(run, [], codes, {})
+        return _result(run, _elsewhere(case), codes, {})
     if not case.tapes:
         return _without_tapes(case, codes, sign)
     findings, open_questions = _eliminate(case, hypotheses, sign, progress)
@@ -183,7 +183,7 @@ def since(case: Case) -> int:
 
 
 def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
-    reasons = next((e["refusals"] for e in reversed(case.run.events) if e.get("refusals")), {})
+    reasons = next((e["refusals"] for e in reversed(case.run.of("end")) if e.get("refusals")), {})
     because = max(reasons, key=reasons.__getitem__) if reasons else "no step could be recorded for replay"
     level = case["loss over chance"]
     if sign != DIVERGED and (level is None or level.value < 0.8):
@@ -199,9 +199,17 @@ def _blown_up(case: Case) -> str:
         return "The loss blew up"
     origin = {"parameter": f"the weights of {fact['where']}", "forward": f"the forward pass, {fact['where']}()"}
     where = origin.get(fact["origin"], "a place that was not recorded")
-    return (
-        f"The loss is {fact['loss']} since step {fact['step']}, and the first number that is not finite is in {where}"
-    )
+    what = f"The loss{on_rank(fact)} is {fact['loss']} since step {fact['step']}"
+    return f"{what}, and the first number that is not finite is in {where}"
+
+
+def _elsewhere(case: Case) -> list[Finding]:
+    """What another rank's loss says where that of the first has no symptom."""
+    fact = next((e for e in case.run.of("fact") if e["code"] == "non-finite" and "rank" in e), None)
+    if fact is None:
+        return []
+    advice = f"Look at what rank {fact['rank']} alone computes with: its share of the data, its device."
+    return [Finding(UNKNOWN, CANNOT_TELL, fact["step"], f"rank {fact['rank']}", f"{_blown_up(case)}.", advice)]
 
 
 def _unknown(case: Case, claim: str) -> Finding:

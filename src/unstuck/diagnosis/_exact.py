@@ -1,5 +1,6 @@
 """Causes that PyTorch's contract gives away: no threshold, no experiment, no reference run."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from unstuck.diagnosis._case import Case
@@ -28,8 +29,8 @@ def non_finite_data(case: Case) -> Finding | None:
         SHOWN,
         fact["step"],
         f"{fact['where']}, {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows))}",
-        f"The loss is {fact['loss']} since step {fact['step']} because the batch itself holds numbers that are not "
-        "finite; the weights were still finite before it.",
+        f"The loss{on_rank(fact)} is {fact['loss']} since step {fact['step']} because the batch itself holds "
+        "numbers that are not finite; the weights were still finite before it.",
         "Find these rows in the data and drop or impute them; check the data once with torch.isfinite before training.",
         (Evidence.exact("rows that are not finite", len(rows), "rows of the batch with NaN or infinity"),),
     )
@@ -90,6 +91,11 @@ def graph_cut(case: Case) -> Finding | None:
             ),
         ),
     )
+
+
+def on_rank(fact: Mapping[str, Any]) -> str:
+    """Where several ranks trained together and another one than the first told the fact."""
+    return f" on rank {fact['rank']}" if "rank" in fact else ""
 
 
 def _fact(case: Case, code: str) -> dict[str, Any] | None:

@@ -10,7 +10,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from unstuck.objective import Tape, TapeError, unpack
-from unstuck.record._log import NAME, read_log
+from unstuck.record._log import NAME, blocks, loose, placed, read_log
+from unstuck.record._ranks import ranked
+from unstuck.record._series import Series
 from unstuck.record._state import State, unpack_state
 
 TAPES = "tapes.pt"
@@ -28,52 +30,97 @@ class Memory:
 class Live(Protocol):
     """What a run needs of the watcher that still writes it."""
 
-    def save(self) -> None: ...
     def flush(self) -> None: ...
+    def save(self) -> None: ...
     def paused(self) -> contextlib.AbstractContextManager[None]: ...
 
 
 class Run:
     """What was recorded of a training, read from its folder: the log and, where there are any, tapes and states.
 
-    While the training still goes on, every reading shows it as it stands.
+    While the training still goes on, every reading shows it as it stands. Where several ranks trained together, this
+    is what the first one recorded, with the facts that the others have told; `ranks` has the rest.
     """
 
     diagnose: ClassVar[Callable[..., Any]]  # joined in `unstuck`, where both rooms are known
 
-    def __init__(self, folder: str | Path, *, live: Live | None = None) -> None:
+    def __init__(self, folder: str | Path, *, live: Live | None = None, rank: int | None = None) -> None:
         self.folder = Path(folder)
+        self.rank = rank or 0
+        name = ranked(NAME, rank)
+        self._log = placed(self.folder) / name
+        self._tapes = self._log.with_name(ranked(TAPES, rank))
         self._live = live
-        self._events: list[dict[str, Any]] = []
+        self._series = Series()
+        self._told: list[dict[str, Any]] = []  # the records that are no steps
         self._read = 0  # bytes
-        if live is None and not (self.folder / NAME).is_file():
+        self._others: dict[int, Run] = {}
+        if live is None and not self._log.is_file():
             raise ValueError(
-                f"a run folder with a {NAME} was needed, got {self.folder}: `unstuck run SCRIPT` makes one"
+                f"a run folder with a {name} was needed, got {self.folder}: `unstuck run SCRIPT` makes one"
             )
+
+    def _up_to_date(self) -> None:
+        """Reads on from where the log was read to."""
+        if self._live is not None:
+            self._live.flush()
+        if self._log.is_file() and self._log.stat().st_size > self._read:
+            for records, end in blocks(self._log, self._read):
+                self._read = end
+                self._series.extend([r for r in records if r["kind"] == "step"])
+                self._told += [loose(r) for r in records if r["kind"] != "step"]
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """All records of the log, in order."""
-        path = self.folder / NAME
+        """All records of the log, in order. They are read anew: `series` is quicker and takes less memory."""
         if self._live is not None:
             self._live.flush()
-        if path.is_file() and path.stat().st_size > self._read:
-            new, self._read = read_log(path, self._read)
-            self._events += new
-        return self._events
+        return read_log(self._log)[0] if self._log.is_file() else []
+
+    @property
+    def ranks(self) -> dict[int, "Run"]:
+        """What each rank recorded, by its number, this one among them."""
+        for path in self._log.parent.glob(ranked(NAME, 1).replace("1", "*")):
+            number = path.stem.rpartition("rank")[2]
+            if number.isdecimal() and int(number) not in (self.rank, *self._others):
+                self._others[int(number)] = Run(self.folder, rank=int(number))
+        if self.rank and 0 not in self._others and self._log.with_name(NAME).is_file():
+            self._others[0] = Run(self.folder)
+        return dict(sorted({**self._others, self.rank: self}.items()))
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """What is computed inside is no part of the training, where that still goes on."""
         return contextlib.nullcontext() if self._live is None else self._live.paused()
 
     def of(self, kind: str) -> list[dict[str, Any]]:
-        """The records of one kind."""
-        return [e for e in self.events if e["kind"] == kind]
+        """The records of one kind.
+
+        The first rank's facts come with those of the others that it has not told itself, in the order of the steps;
+        these have a `rank`.
+        """
+        if kind == "step":
+            return [e for e in self.events if e["kind"] == "step"]
+        self._up_to_date()
+        own = [e for e in self._told if e["kind"] == kind]
+        return own if self.rank or kind != "fact" else self._joined(own)
+
+    def _joined(self, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        known = {(e.get("code"), e.get("step")) for e in facts}
+        for rank, run in self.ranks.items():
+            new = [e for e in run.of("fact") if (e.get("code"), e.get("step")) not in known] if rank else []
+            known |= {(e.get("code"), e.get("step")) for e in new}
+            facts += [{**e, "rank": rank} for e in new]
+        return sorted(facts, key=lambda e: e.get("step", 0)) if len(self._others) else facts
+
+    def _last(self, name: str) -> Any:
+        """What the last record has under a name that steps do not have, or None."""
+        self._up_to_date()
+        return next((e[name] for e in reversed(self._told) if name in e), None)
 
     @property
     def header(self) -> Mapping[str, Any]:
         """What was run, with what: script, argv, started, versions."""
-        return next((e for e in self.events if e["kind"] == "start"), {})
+        return next(iter(self.of("start")), {})
 
     @property
     def script(self) -> str:
@@ -82,41 +129,44 @@ class Run:
     @property
     def steps(self) -> int:
         """How many optimiser steps were recorded."""
-        return next((e["step"] for e in reversed(self.events) if e["kind"] == "step"), 0)
+        self._up_to_date()
+        return int(self._series.last("step") or 0)
 
     @property
     def seconds(self) -> float:
-        return float(next((e["time"] for e in reversed(self.events) if "time" in e), 0.0))
+        """The time of the last record."""
+        return float(max(self._last("time") or 0.0, self._series.last("time") or 0.0))
 
     @property
     def heard(self) -> int:
         """How many steps a recorder was on for; 0 where the run was killed."""
-        return next((e["heard"] for e in reversed(self.events) if "heard" in e), 0)
+        return self._last("heard") or 0
 
     @property
     def overhead(self) -> float:
         """The share of the run's time that watching took; NaN where the run was killed."""
-        return float(next((e["overhead"] for e in reversed(self.events) if "overhead" in e), float("nan")))
+        found = self._last("overhead")
+        return float("nan") if found is None else float(found)
 
     @property
     def outcome(self) -> str:
         """How it ended: "finished", "interrupted", "raised …", or "cut off" where no end was recorded."""
-        return str(next((e["outcome"] for e in reversed(self.events) if e["kind"] == "end"), "cut off"))
+        ends = self.of("end")
+        return str(ends[-1]["outcome"]) if ends else "cut off"
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """The steps at which a quantity was recorded, and its values: "loss", "grad_norm", "update_ratio", "lr"."""
-        found = [(e["step"], float(e[name])) for e in self.events if e["kind"] == "step" and e.get(name) is not None]
-        return [step for step, _ in found], [value for _, value in found]
+        self._up_to_date()
+        return self._series.get(name)
 
     def memory(self) -> Memory | None:
         """The tapes and states, or None where the run left none."""
         if self._live is not None:
             self._live.save()
-        path = self.folder / TAPES
-        if not path.is_file():
+        if not self._tapes.is_file():
             return None
         try:
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = torch.load(self._tapes, map_location="cpu", weights_only=True)
             return Memory(tuple(data["names"]), tuple(unpack(data)), tuple(unpack_state(s) for s in data["states"]))
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError, TapeError):
             return None  # damaged, or of another version: the log still stands

@@ -11,6 +11,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import NamedTuple
 
 from unstuck.record._log import NAME
+from unstuck.record._ranks import ranked
 from unstuck.record._run import Run
 from unstuck.record._watch import Watch, new_folder
 
@@ -57,7 +58,8 @@ def run_script(
         raise SystemExit(status)  # a fork of the script ends where the script ends
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    return Outcome(Run(place) if (place / NAME).is_file() else None, status, outcome == "interrupted")
+    log = place / ranked(NAME, watcher.rank)
+    return Outcome(Run(place, rank=watcher.rank) if log.is_file() else None, status, outcome == "interrupted")
 
 
 def _compiled(path: Path, file: str) -> CodeType:
@@ -73,6 +75,7 @@ def _compiled(path: Path, file: str) -> CodeType:
 def _as_main(file: str, argv: list[str]) -> Iterator[ModuleType]:
     """The module that the script runs in, in place as the main program."""
     was = sys.argv, sys.path[:], sys.modules["__main__"]
+    here = Path.cwd()
     main = ModuleType("__main__")
     loader = SourceFileLoader("__main__", file)
     main.__dict__.update(__file__=file, __builtins__=builtins, __annotations__={}, __cached__=None, __loader__=loader)
@@ -82,6 +85,8 @@ def _as_main(file: str, argv: list[str]) -> Iterator[ModuleType]:
         yield main
     finally:
         sys.argv, sys.path[:], sys.modules["__main__"] = was
+        with contextlib.suppress(OSError):
+            os.chdir(here)  # the run folder may be named from here
 
 
 def _status(stop: SystemExit) -> int:

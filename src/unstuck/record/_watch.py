@@ -21,9 +21,10 @@ from unstuck.record._deck import KEPT, Deck
 from unstuck.record._facts import StaleGradients, cut_off, first_nonfinite, orphans
 from unstuck.record._governor import Alarm, Clock
 from unstuck.record._hooks import Hooks
-from unstuck.record._log import NAME, Log, warn
+from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import models_alive, parameter_names
 from unstuck.record._pulses import Pulses, settled
+from unstuck.record._ranks import own_rank, ranked, shared_folder
 from unstuck.record._run import TAPES, Run
 from unstuck.record._state import State, pack_state, snapshot
 
@@ -39,13 +40,15 @@ class Watch:
     """The watcher of one process: `start` it, and `stop` it whatever happens in between."""
 
     def __init__(self, folder: Path, *, models: Sequence[nn.Module] = (), budget: float = 0.02) -> None:
-        if (folder / NAME).exists():
+        self.rank = own_rank()
+        name = ranked(NAME, self.rank)
+        if (folder / name).exists():
             raise ValueError(f"a folder without a run was needed, but {folder} holds one: name another or delete it")
-        self.folder = folder
+        self.folder = placed(folder)
         self.steps = 0
         self._models = list(models)
         self._budget = budget
-        self._log = Log(folder)
+        self._log = Log(folder, name)
         self._hooks = Hooks(self)
         self._leaves: list[Tensor] = []
         self._names: list[str] = []  # of the leaves: kept, since a model may be gone before its run is written
@@ -113,11 +116,10 @@ class Watch:
 
     def save(self) -> None:
         """Writes the tapes and states to the run folder, whole or not at all."""
-        if not (self.folder / NAME).is_file():
-            self._log.fail(f"{self.folder / NAME} is gone")
+        self._log.flush()  # which notices that the folder is gone
         if self._saved == self.steps or not self._deck.tapes or self._log.failed:
             return
-        path = self.folder / TAPES
+        path = self.folder / ranked(TAPES, self.rank)
         part = path.with_suffix(".part")
         try:
             self._meet_again()
@@ -132,7 +134,12 @@ class Watch:
         self._saved = self.steps
 
     def flush(self) -> None:
-        """Writes what was read of the steps so far."""
+        """Has the log show the run as it stands."""
+        self._settle()
+        self._log.flush()
+
+    def _settle(self) -> None:
+        """Logs the steps whose readings are still on a device."""
         pending, self._pending = self._pending, []
         for record in settled(pending):
             self._write(record, None)
@@ -225,7 +232,7 @@ class Watch:
         if self._pending or isinstance(record.get("loss"), Tensor) or isinstance(record.get("grad_norm"), Tensor):
             self._pending.append(record)
             if len(self._pending) >= PENDING:
-                self.flush()
+                self._settle()
         else:
             self._write(settled([record])[0] if "tensors" in record else record, None)
         if self._snapshots.due(self.steps) and self._bytes() <= STATE_BYTES:
@@ -405,7 +412,7 @@ def watch(
     watcher = Watch(place, models=[] if model is None else [model], budget=budget)
     watcher.start(script, sys.argv[1:], [] if optimizer is None else [optimizer])
     outcome = "finished"
-    run = Run(place, live=watcher)
+    run = Run(place, live=watcher, rank=watcher.rank)
     try:
         yield run
     except KeyboardInterrupt:
@@ -419,7 +426,13 @@ def watch(
 
 
 def new_folder(name: str) -> Path:
-    """Makes a folder for a run, named after the time and the script; no other run has it."""
+    """Makes a folder for a run, named after the time and the script; no other run has it.
+
+    Ranks that train together get one folder.
+    """
+    rank = own_rank()
+    if rank is not None:
+        return shared_folder(FOLDER, name, ranked(NAME, rank))
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
     folder = FOLDER / f"{stamp}-{name}"
     for k in range(2, 1000):

@@ -1,0 +1,47 @@
+"""The processes of one training, as torchrun starts them: which one this is, and the folder that they share."""
+
+import hashlib
+import itertools
+import os
+from pathlib import Path
+
+SHARED = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")  # the same on all ranks
+
+
+def own_rank() -> int | None:
+    """The rank of this process, from the environment that torchrun makes; None where it is the only one."""
+    try:
+        alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
+        return None if alone else max(int(os.environ.get("RANK", "0")), 0)
+    except ValueError:
+        return None
+
+
+def ranked(name: str, rank: int | None) -> str:
+    """The file of a rank in the run folder: `log.jsonl` is that of the first, `log-rank1.jsonl` that of the next."""
+    path = Path(name)
+    return f"{path.stem}-rank{rank}{path.suffix}" if rank else name
+
+
+def shared_folder(parent: Path, name: str, file: str) -> Path:
+    """A folder below `parent` that all ranks name alike without talking, and where this one has no `file` yet.
+
+    The name follows from what torchrun tells every rank. Where that may be the same for the next job (no `--rdzv-id`
+    is given), the process that started the ranks counts as well, so that each machine has a folder of its own.
+    """
+    told = [os.environ.get(word, "") for word in SHARED]
+    if told[0] in ("", "none"):
+        told.append(_process(os.getppid()))
+    key = hashlib.sha256("\n".join(told).encode(errors="replace")).hexdigest()[:8]
+    names = itertools.chain([f"{name}-{key}"], (f"{name}-{key}-{k}" for k in itertools.count(2)))
+    # Path.exists raises where a folder cannot be looked into
+    return next(parent / n for n in names if not os.path.exists(parent / n / file))  # noqa: PTH110
+
+
+def _process(pid: int) -> str:
+    """The process, and where Linux tells it, when it started: a number is given again."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return f"{pid} {fields[19]}"
+    except (OSError, IndexError, ValueError):
+        return str(pid)
