@@ -123,12 +123,101 @@ def test_states_are_the_first_two_recent_ones_and_the_last(tmp_path):
     assert all(isinstance(s, State) and len(s.weights) == 4 for s in memory.states)
 
 
-def test_of_a_large_model_only_the_last_state_is_kept(tmp_path, monkeypatch):
+def test_the_states_of_a_large_model_are_on_disk(tmp_path, monkeypatch):
+    def trained(folder):
+        torch.manual_seed(0)
+        model = Net()
+        with unstuck.watch(folder=folder, budget=1.0) as run:
+            train(model, torch.optim.Adam(model.parameters()), steps=230)
+        return run.memory().states
+
+    inside = trained(tmp_path / "small")
     monkeypatch.setattr(_watch, "STATE_BYTES", 10)
+    outside = trained(tmp_path / "large")
+    assert [s.step for s in outside] == [s.step for s in inside] == [0, 150, 200, 230]
+    assert len(list((tmp_path / "large").glob("state-*.pt"))) == 3
+    for one, other in zip(inside, outside, strict=True):
+        assert all(map(torch.equal, one.weights, other.weights))
+        assert one.optimizer.members == other.optimizer.members
+        for k, values in one.optimizer.state.items():
+            assert all(torch.equal(value, other.optimizer.state[k][name]) for name, value in values.items())
+
+
+def test_a_disk_that_takes_no_state_costs_the_states(tmp_path, monkeypatch):
+    monkeypatch.setattr(_watch, "STATE_BYTES", 10)
+    monkeypatch.setattr(_watch.Shelf, "put", lambda *_: open("/dev/full/x"))  # noqa: SIM115, PTH123
     model = Net()
-    with unstuck.watch(folder=tmp_path / "run") as run:
+    with unstuck.watch(folder=tmp_path / "run", budget=1.0) as run:
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=60)
     assert [s.step for s in run.memory().states] == [60]
+    assert [e["code"] for e in run.of("fact")] == ["not-saved"]
+
+
+def test_a_long_run_is_saved_on_its_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(_watch, "SAFE_SECONDS", 0.01)
+    model = Net()
+    with unstuck.watch(folder=tmp_path / "run"):
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=300)
+        assert (tmp_path / "run" / "tapes.pt").is_file()
+
+
+def test_the_order_of_the_calls_and_the_mode_are_told_when_they_change(tmp_path):
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    with unstuck.watch(model, optimizer, folder=tmp_path / "run") as run:
+        for k in range(6):
+            model.train(k < 4)
+            optimizer.zero_grad()
+            for _ in range(2):
+                model(torch.randn(5, 3)).square().mean().backward()
+            if k != 3:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    steps = run.of("step")
+    orders = {e["step"]: e["order"] for e in steps if "order" in e}
+    assert orders == {1: "zbbcs", 2: "lzbbcs", 4: "lzbbs", 5: "lzbbcs"}
+    assert {e["step"]: e["training"] for e in steps if "training" in e} == {1: True, 5: False}
+
+
+def test_the_loss_is_the_one_before_scaling_and_steps_left_out_are_counted(tmp_path):
+    torch.manual_seed(0)
+    model, data = Net(), torch.randn(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    expected = []
+    with unstuck.watch(model, optimizer, folder=tmp_path / "run") as run:
+        for k in range(4):
+            optimizer.zero_grad()
+            loss = model(data).square().mean()
+            scaler.scale(loss if k != 1 else loss * float("inf")).backward()
+            if k != 1:
+                expected.append(loss.item())
+            scaler.step(optimizer)
+            scaler.update()
+    assert run.series("loss")[1] == pytest.approx(expected)
+    assert run.series("skipped") == ([2], [1])
+    assert not run.of("fact")
+
+
+def test_two_gradients_in_a_row_are_compared(tmp_path):
+    model = nn.Linear(300, 100, bias=False)  # of which each 16th number is looked at
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    gradients = []
+    with unstuck.watch(model, optimizer, folder=tmp_path / "run", budget=1.0) as run:
+        for _ in range(12):
+            optimizer.zero_grad()
+            model(torch.randn(5, 300)).square().mean().backward()
+            gradients.append(model.weight.grad.flatten().clone())
+            optimizer.step()
+    steps, found = run.series("grad_cosine")
+    assert {2, 3} <= set(steps)  # the first two steps are looked at whatever it costs
+    for step, value in zip(steps, found, strict=True):
+        a, b = gradients[step - 2], gradients[step - 1]
+        assert value == pytest.approx(float(torch.cosine_similarity(a[::16], b[::16], dim=0)), abs=1e-5)
+    tensors = run.of("step")[0]["tensors"]
+    assert tensors["gradient"] == pytest.approx([float(gradients[0].norm())], rel=1e-5)
 
 
 def test_a_tape_that_cannot_be_written_leaves_the_others(tmp_path):

@@ -128,11 +128,14 @@ class Deck:
             self._programs.append(tape.program)
         return True
 
+    @property
+    def bytes(self) -> float:
+        """What the tapes take, about: batches that several of them share count for each."""
+        return sum(t.bytes for t in (self.tapes[0], self.tapes[-1])) / 2 * len(self.tapes) if self.tapes else 0.0
+
     def keep(self, tape: Tape) -> None:
         self.tapes.append(tape)
-        while (
-            len(self.tapes) > 2 and sum(t.bytes for t in (self.tapes[0], self.tapes[-1])) / 2 * len(self.tapes) > BYTES
-        ):
+        while len(self.tapes) > 2 and self.bytes > BYTES:
             self.tapes.popleft()
 
     def refuse(self, reason: str) -> None:

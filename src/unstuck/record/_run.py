@@ -13,7 +13,7 @@ from unstuck.objective import Tape, TapeError, unpack
 from unstuck.record._log import NAME, blocks, loose, placed, read_log
 from unstuck.record._ranks import ranked
 from unstuck.record._series import Series
-from unstuck.record._state import State, unpack_state
+from unstuck.record._state import State, shelved, unpack_state
 
 TAPES = "tapes.pt"
 
@@ -167,6 +167,8 @@ class Run:
             return None
         try:
             data = torch.load(self._tapes, map_location="cpu", weights_only=True)
-            return Memory(tuple(data["names"]), tuple(unpack(data)), tuple(unpack_state(s) for s in data["states"]))
+            states = [*map(unpack_state, data["states"]), *shelved(self._tapes.parent, self.rank)]
+            known = {s.step: s for s in reversed(states) if len(s.weights) == len(data["names"])}
+            return Memory(tuple(data["names"]), tuple(unpack(data)), tuple(known[step] for step in sorted(known)))
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError, TapeError):
             return None  # damaged, or of another version: the log still stands

@@ -1,12 +1,16 @@
 """Where the weights and the optimiser stood at a step, as copies that nobody else writes into."""
 
 import importlib
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from unstuck.record._ranks import ranked
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +99,38 @@ def unpack_state(data: Mapping[str, Any]) -> State:
     if o is not None:
         optimizer = Optimizer(o["kind"], tuple(o["groups"]), tuple(tuple(m) for m in o["members"]), o["state"])
     return State(data["step"], tuple(data["weights"]), optimizer)
+
+
+class Shelf:
+    """States on disk, for weights too large to be held twice: the one at the start and the latest two."""
+
+    def __init__(self, folder: Path, rank: int | None) -> None:
+        self._folder = folder
+        self._rank = rank
+        self._latest: deque[Path] = deque()
+
+    def put(self, state: State) -> None:
+        """Writes a state, whole or not at all; OSError or RuntimeError where the disk refuses."""
+        path = self._folder / ranked(f"{_SHELVED}{state.step:09}.pt", self._rank)
+        part = path.with_suffix(".part")
+        try:
+            torch.save(pack_state(state), part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        if state.step:
+            self._latest.append(path)
+        while len(self._latest) > 2:
+            self._latest.popleft().unlink(missing_ok=True)
+
+
+def shelved(folder: Path, rank: int | None) -> list[State]:
+    """The states on the shelf of a run folder, by step."""
+    paths = sorted(folder.glob(ranked(f"{_SHELVED}{'[0-9]' * 9}.pt", rank)))
+    return [unpack_state(torch.load(path, map_location="cpu", weights_only=True)) for path in paths]
+
+
+_SHELVED = "state-"
 
 
 def _copied(x: Any) -> Any:

@@ -26,13 +26,15 @@ from unstuck.record._models import models_alive, parameter_names
 from unstuck.record._pulses import Pulses, settled
 from unstuck.record._ranks import own_rank, ranked, shared_folder
 from unstuck.record._run import TAPES, Run
-from unstuck.record._state import State, pack_state, snapshot
+from unstuck.record._state import Shelf, State, pack_state, snapshot
 
 FOLDER = Path("unstuck-runs")
 FREE_SECONDS = 2.0  # what the first tapes, and those after an alarm, may take beside the promised share
 MARGIN = 0.7  # of the promised share: the rest is for what we cannot time, as the caches that we use
 SNAPSHOT_EVERY = 50  # steps, at the least
-STATE_BYTES = 256 << 20  # of the weights: where they are larger, only those at the end are kept
+STATE_BYTES = 16 << 20  # of the weights: where they are larger, states go to the disk at once
+SAFE_BYTES = 64 << 20  # of tapes that are written on the way as well, lest a kill takes them
+SAFE_SECONDS = 30.0  # when that happens first; then at twice the time, and so on
 PENDING = 16  # steps whose readings may wait on a device
 
 
@@ -73,8 +75,10 @@ class Watch:
         self._pace = 0.0  # seconds of a step without us, the latest counting most
         self._last = (0.0, 0.0)  # the time and what had been spent after the last step
         self._snapshots = Clock(budget / 8, SNAPSHOT_EVERY)
-        self._first: list[State] = []  # the weights at the start, unless they are too large to keep
+        self._safe_at = SAFE_SECONDS
+        self._first: list[State] = []  # the weights at the start, unless they are large
         self._recent: deque[State] = deque(maxlen=2)
+        self._shelf: Shelf | None = Shelf(self.folder, self.rank)
         self._saved = -1
         self._process = os.getpid()
         self._began = time.perf_counter()
@@ -213,8 +217,8 @@ class Watch:
         stale = self._stale.used_by(optimizer)
         if stale is not None:
             self._counted("stale-gradient", of=self.steps + 1, where=self._name(stale), line=caller())
-        if self.steps == 0 and self._bytes() <= STATE_BYTES:
-            self._first = [snapshot(0, self._leaves, self._only())]
+        if self.steps == 0:
+            self._remember()
         tape = None if recorder is None else self._heard_step(recorder, optimizer, fit=stale is None)
         self._record = pulses.before_step(self._pace)
         self._read_loss(tape)
@@ -235,8 +239,15 @@ class Watch:
                 self._settle()
         else:
             self._write(settled([record])[0] if "tensors" in record else record, None)
-        if self._snapshots.due(self.steps) and self._bytes() <= STATE_BYTES:
-            self._snapshot()
+        if self._snapshots.due(self.steps):
+            began = time.perf_counter()
+            if self._finite:
+                self._remember()
+            self._snapshots.took(self.steps, time.perf_counter() - began, self._pace)
+        if self._elapsed() > self._safe_at:
+            self._safe_at = 2 * self._elapsed()
+            if self._deck.bytes <= SAFE_BYTES:
+                self.save()
         self._keep_pace()
         self._listen_on()
 
@@ -278,11 +289,16 @@ class Watch:
                 self._counted("non-finite", of=record["step"], step=record["step"], loss=loss, **where)
         self._log.write("step", **record)
 
-    def _snapshot(self) -> None:
-        began = time.perf_counter()
-        if self._finite:
-            self._recent.append(snapshot(self.steps, self._leaves, self._only()))
-        self._snapshots.took(self.steps, time.perf_counter() - began, self._pace)
+    def _remember(self) -> None:
+        """Keeps the weights as they stand: the first, and of the later ones the last two."""
+        if self._bytes() <= STATE_BYTES:
+            (self._recent if self.steps else self._first).append(snapshot(self.steps, self._leaves, self._only()))
+        elif self._shelf is not None:
+            try:
+                self._shelf.put(snapshot(self.steps, self._leaves, self._only(), copy=False))
+            except (OSError, RuntimeError) as error:
+                self._shelf = None
+                self._fact("not-saved", because=str(error))
 
     def _keep_pace(self) -> None:
         now, spent = self._elapsed(), self._spent()
