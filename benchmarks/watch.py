@@ -44,6 +44,7 @@ import unstuck
 import watch_peers
 from environment import environment
 from healthy import PROGRAMS
+from watch_peers import ALL
 
 PLACE = Path(__file__).with_suffix(".json")
 BLOCK = 0.1  # seconds of a turn
@@ -61,23 +62,24 @@ def main() -> None:
     if given.profile:
         profile(given.profile, given.seconds)
         return
-    load = os.getloadavg()[0]
+    around = {"when": datetime.now(UTC).isoformat(timespec="seconds")}
+    around |= environment(os.getloadavg()[0], "numpy", "scikit-learn")
     found: dict[str, Row] = {}
     for name in given.programs:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = program(name, Path(folder), given)
         print(f"{name}: {_percent(found[name]['overhead'])}", file=sys.stderr, flush=True)
-    memory = None if given.quick else resident()
-    peers, missing = watch_peers.measured(
-        [n for n in given.programs if n in watch_peers.SUPPORTED], given.peers, quick=given.quick
-    )
+        keep(given, programs={name: found[name] | {"environment": around}})
+    memory = {} if given.quick else resident()
+    keep(given, memory=memory)
+    peers: dict[str, dict[str, Row]] = {}
+    for kind, name, row in watch_peers.measured(given.programs, given.peers, quick=given.quick):
+        print(f"{kind}, {name}: {row}", file=sys.stderr, flush=True)
+        peers.setdefault(kind, {})[name] = row
+        keep(given, peers=peers)
     console = Console(width=None if sys.stdout.isatty() else 170)
-    lines = verdicts(found)
-    for shown in (table(found), peers_table(found, peers), *missing.values(), *_memory_line(memory), *lines):
+    for shown in (table(found), peers_table(found, peers), *_memory_line(memory), *verdicts(found)):
         console.print(shown, highlight=False)
-    if not given.quick:
-        around = {"when": datetime.now(UTC).isoformat(timespec="seconds"), **environment(load, "numpy", "scikit-learn")}
-        keep(found, memory, peers, missing, around)
 
 
 def arguments() -> argparse.Namespace:
@@ -361,26 +363,26 @@ def table(found: dict[str, Row]) -> Table:
 
 def peers_table(found: dict[str, Row], peers: dict[str, dict[str, Row]]) -> Table | str:
     """The peers' seconds and ours as multiples of the unwatched run's."""
-    names = sorted({program for rows in peers.values() for program in rows}, key=list(PROGRAMS).index)
+    names = sorted({program for rows in peers.values() for program in rows}, key=[*PROGRAMS, ALL].index)
     if not names:
         return "no peer was measured"
     shown = Table(title="Processor time of the steps, as a multiple of the unwatched run's", box=box.SIMPLE)
     for head in ("program", "unstuck", *peers):
         shown.add_column(head, justify="left" if head == "program" else "right")
     for name in names:
-        cells = [peers[peer].get(name, {"failed": ""}) for peer in peers]
-        texts = (
-            c.get("failed") or f"{c['ratio']:.2f} ×" + ("" if c["identical"] else ", losses differ")
-            if "ratio" in c
-            else c["failed"]
-            for c in cells
-        )
-        shown.add_row(name, f"{1 + found[name]['overhead']:.3f} ×", *texts)
+        ours = f"{1 + found[name]['overhead']:.3f} ×" if name in found else ""
+        shown.add_row(name, ours, *(_cell(rows.get(name)) for rows in peers.values()))
     return shown
 
 
-def _memory_line(memory: Row | None) -> list[str]:
-    if memory is None:
+def _cell(row: Row | None) -> str:
+    if row is None or "failed" in row:
+        return "" if row is None else row["failed"]
+    return f"{row['ratio']:.2f} ×" + ("" if row["identical"] else ", other losses")
+
+
+def _memory_line(memory: Row) -> list[str]:
+    if not memory:
         return []
     extra = max(memory["extra_training"], memory["extra_at_the_end"])
     return [
@@ -410,14 +412,13 @@ def profile(name: str, seconds: float) -> None:
     )
 
 
-def keep(found: dict[str, Row], memory: Row | None, peers: Row, missing: Row, around: Row) -> None:
-    known = json.loads(PLACE.read_text(encoding="utf-8")) if PLACE.is_file() else {"programs": {}, "peers": {}}
-    for name, row in found.items():
-        known["programs"][name] = row | {"environment": around}
-    for peer, rows in peers.items():
-        known["peers"].setdefault(peer, {}).update(rows)
-    known["missing"] = missing
-    known["memory"] = memory
+def keep(given: argparse.Namespace, **parts: dict[str, Any]) -> None:
+    """Writes what was just measured over what the file holds of it."""
+    if given.quick:
+        return
+    known = json.loads(PLACE.read_text(encoding="utf-8")) if PLACE.is_file() else {}
+    for name, part in parts.items():
+        known[name] = known.get(name, {}) | part
     known["verdicts"] = verdicts(known["programs"])
     PLACE.write_text(json.dumps(_short(known), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

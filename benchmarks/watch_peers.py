@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from torch import nn
 from healthy import PROGRAMS, Plain
 
 Row = dict[str, Any]
-SUPPORTED = ("perceptron", "convolution", "autoencoder", "small-perceptron", "small-convolution", "small-autoencoder")
-TRACED = ("perceptron", "convolution", "small-perceptron")  # TrainCheck takes minutes a program
+ALL = "every program"
+CHAINS = ("perceptron", "convolution", "autoencoder", "small-perceptron", "small-convolution", "small-autoencoder")
+TRACED = ("perceptron", "small-perceptron")  # TrainCheck takes minutes a program
 PATIENCE = 400.0  # seconds for one command of TrainCheck
 
 SCRIPT = """
@@ -56,38 +57,31 @@ print("MEASURED", json.dumps([seconds, losses]))
 """
 
 
-def measured(names: list[str], peers: list[str], *, quick: bool) -> tuple[dict[str, dict[str, Row]], dict[str, str]]:
-    """By peer and program the ratio to the unwatched steps, and why a peer is left out."""
-    found: dict[str, dict[str, Row]] = {}
-    missing = {}
+def measured(names: list[str], peers: list[str], *, quick: bool) -> Iterator[tuple[str, str, Row]]:
+    """Peer, program and the ratio to the unwatched steps, or why there is none."""
     for peer in peers:
-        package, module, measure, steps = PEERS[peer]
+        package, module, measure, programs, steps = PEERS[peer]
         try:
             with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
                 warnings.simplefilter("ignore")
                 importlib.import_module(module)
         except Exception as error:
-            missing[peer] = f"{peer} is left out: {type(error).__name__}: {error}; benchmarks/requirements-watch.txt"
+            yield peer, ALL, {"failed": f"{type(error).__name__}: {error}; see benchmarks/requirements-watch.txt"}
             continue
-        for name, row in measure(names, steps // 5 if quick else steps):
-            for kind, result in row.items():
-                found.setdefault(kind, {})[name] = result | {"version": metadata.version(package)}
-            print(f"{peer}, {name}: {row}", file=sys.stderr, flush=True)
-    return found, missing
+        for name in [n for n in programs if n in names]:
+            try:
+                for kind, row in measure(name, steps // 5 if quick else steps):
+                    yield kind, name, row | {"version": metadata.version(package)}
+            except Exception as error:  # whatever a peer raises is its answer
+                yield peer, name, {"failed": f"{type(error).__name__}: {str(error)[-300:]}"}
 
 
-def cockpit(names: list[str], steps: int) -> Any:
-    for name in names:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                plain, had = stepped(name, steps, unwatched)
-                watched, has = stepped(name, steps, flown)
-                again, _ = stepped(name, steps, unwatched)
-            ratio = sum(watched) / statistics.fmean((sum(plain), sum(again)))
-            yield name, {"Cockpit, economy": {"ratio": ratio, "steps": steps, "identical": had == has}}
-        except Exception as error:
-            yield name, {"Cockpit, economy": {"failed": f"{type(error).__name__}: {error}"}}
+def cockpit(name: str, steps: int) -> Iterator[tuple[str, Row]]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (plain, had), (watched, has), (again, _) = (stepped(name, steps, m) for m in (unwatched, flown, unwatched))
+    ratio = sum(watched) / statistics.fmean((sum(plain), sum(again)))
+    yield "Cockpit, economy", {"ratio": ratio, "steps": steps, "identical": had == has}
 
 
 def stepped(
@@ -103,7 +97,7 @@ def stepped(
         began = time.process_time()
         losses.append(step())
         seconds.append(time.process_time() - began)
-    return seconds[5:], [float(x) for x in losses]
+    return seconds[2:], [float(x) for x in losses]
 
 
 def unwatched(program: Plain) -> Callable[[], torch.Tensor]:
@@ -137,33 +131,20 @@ def flown(program: Plain) -> Callable[[], torch.Tensor]:
     return step
 
 
-def traincheck(names: list[str], steps: int) -> Any:
-    for name in [n for n in names if n in TRACED]:
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                yield name, _traced(name, Path(folder), steps)
-            except (subprocess.SubprocessError, StopIteration, OSError) as error:
-                yield name, {"TrainCheck, all": {"failed": f"{type(error).__name__}: {str(error)[-300:]}"}}
-
-
-def _traced(name: str, folder: Path, steps: int) -> dict[str, Row]:
-    script = folder / "program.py"
-    script.write_text(SCRIPT.format(here=str(Path(__file__).parent), name=name, steps=steps), encoding="utf-8")
-    bare, had = _told(_ran(folder, sys.executable, "program.py"))
-    collect = ("traincheck-collect", "--pyscript", "program.py", "--models-to-track", "model")
-    every, has = _told(_ran(folder, *collect, "--output-dir", "all"))
-    _ran(folder, "traincheck-infer", "-f", "all", "-o", "invariants.json")
-    count = len((folder / "invariants.json").read_text(encoding="utf-8").splitlines())
-    some, same = _told(_ran(folder, *collect, "--invariants", "invariants.json", "--output-dir", "some"))
-    return {
-        "TrainCheck, all": {"ratio": every / bare, "steps": steps, "identical": had == has},
-        "TrainCheck, by invariants": {
-            "ratio": some / bare,
-            "steps": steps,
-            "identical": had == same,
-            "invariants": count,
-        },
-    }
+def traincheck(name: str, steps: int) -> Iterator[tuple[str, Row]]:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        script = SCRIPT.format(here=str(Path(__file__).parent), name=name, steps=steps)
+        (folder / "program.py").write_text(script, encoding="utf-8")
+        bare, had = _told(_ran(folder, sys.executable, "program.py"))
+        collect = ("traincheck-collect", "--pyscript", "program.py", "--models-to-track", "model")
+        every, has = _told(_ran(folder, *collect, "--output-dir", "all"))
+        yield "TrainCheck, all", {"ratio": every / bare, "steps": steps, "identical": had == has}
+        _ran(folder, "traincheck-infer", "-f", "all", "-o", "invariants.json")
+        count = len((folder / "invariants.json").read_text(encoding="utf-8").splitlines())
+        some, has = _told(_ran(folder, *collect, "--invariants", "invariants.json", "--output-dir", "some"))
+        row = {"ratio": some / bare, "steps": steps, "identical": had == has, "invariants": count}
+        yield "TrainCheck, by invariants", row
 
 
 def _ran(folder: Path, *command: str) -> str:
@@ -185,7 +166,7 @@ def _told(text: str) -> tuple[float, list[float]]:
     return sum(seconds[5:]), losses
 
 
-PEERS: dict[str, tuple[str, str, Callable[..., Any], int]] = {
-    "cockpit": ("cockpit-for-pytorch", "cockpit", cockpit, 200),
-    "traincheck": ("traincheck", "traincheck", traincheck, 50),
+PEERS: dict[str, tuple[str, str, Callable[..., Iterator[tuple[str, Row]]], Sequence[str], int]] = {
+    "cockpit": ("cockpit-for-pytorch", "cockpit", cockpit, CHAINS, 40),
+    "traincheck": ("traincheck", "traincheck", traincheck, TRACED, 50),
 }
