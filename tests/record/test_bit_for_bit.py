@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 from training_programs import PROGRAMS
+from training_programs import STEPS as MANY
 from training_styles import STEPS, STYLES
 
 import unstuck
 
+EVERYTHING = 1.0  # of the time may go into watching: every step is recorded on a slow machine as well
 UNRECORDED = ("by hand without an optimiser", "closure", "steps inside backward")
 
 
@@ -51,13 +53,13 @@ def program(name):
 def test_weights_optimiser_and_generators_are_those_of_the_unwatched_run(name, tmp_path):
     plain, generator = trained(program(name), lambda step: None)
     said = []
-    with unstuck.watch(folder=tmp_path / "run") as run:
+    with unstuck.watch(folder=tmp_path / "run", budget=EVERYTHING) as run:
         watched, watched_generator = trained(program(name), lambda step: said.append((step, run.steps, run.diagnose())))
     assert said
     assert not trouble(run)
     assert watched == plain
     assert watched_generator == generator
-    assert run.steps == (0 if name == "by hand without an optimiser" else 200)  # the steps of trials are not the run's
+    assert run.steps == (0 if name == "by hand without an optimiser" else MANY)  # the steps of trials are not the run's
     memory = run.memory()
     assert (memory is None) == (name in UNRECORDED)
     assert memory is None or len(memory.tapes) == 120
@@ -74,7 +76,7 @@ COMPLEX = pytest.mark.xfail(strict=True, reason="the gradient of a complex param
 def test_every_style_of_training_moves_as_it_does_unwatched(name, tmp_path):
     plain = trained(STYLES[name], lambda step: None)
     said = []
-    with unstuck.watch(folder=tmp_path / "run") as run:
+    with unstuck.watch(folder=tmp_path / "run", budget=EVERYTHING) as run:
         watched = trained(STYLES[name], lambda step: said.append(run.diagnose()))
     assert said
     assert watched == plain
