@@ -1,7 +1,7 @@
 """What watching costs on healthy programs: pairs of one training, unwatched and watched, that take turns.
 
 python benchmarks/watch.py                              every program, the memory of a large model, the peers
-python benchmarks/watch.py --programs gru,loader --peers none
+python benchmarks/watch.py --programs gru,loader --parts programs
 python benchmarks/watch.py --quick                      short runs; nothing is kept
 python benchmarks/watch.py --profile gru                where a watched run spends its time
 
@@ -47,6 +47,7 @@ from healthy import PROGRAMS
 from watch_peers import ALL
 
 PLACE = Path(__file__).with_suffix(".json")
+PARTS = ["programs", "memory", "peers"]
 BLOCK = 0.1  # seconds of a turn
 CLASSES = {"steps of 5 ms and more": (5.0, math.inf), "steps of 0.5 to 5 ms": (0.5, 5.0)}
 PROMISED = {  # by class: statistic and the share that it may reach
@@ -65,15 +66,15 @@ def main() -> None:
     around = {"when": datetime.now(UTC).isoformat(timespec="seconds")}
     around |= environment(os.getloadavg()[0], "numpy", "scikit-learn")
     found: dict[str, Row] = {}
-    for name in given.programs:
+    for name in given.programs if "programs" in given.parts else ():
         with tempfile.TemporaryDirectory() as folder:
-            found[name] = program(name, Path(folder), given)
+            found[name] = program(name, Path(folder), given) | {"environment": around}
         print(f"{name}: {_percent(found[name]['overhead'])}", file=sys.stderr, flush=True)
-        keep(given, programs={name: found[name] | {"environment": around}})
-    memory = {} if given.quick else resident()
+        keep(given, programs={name: found[name]})
+    memory = resident() if "memory" in given.parts else {}
     keep(given, memory=memory)
     peers: dict[str, dict[str, Row]] = {}
-    for kind, name, row in watch_peers.measured(given.programs, given.peers, quick=given.quick):
+    for kind, name, row in watch_peers.measured(given.programs, given.peers if "peers" in given.parts else []):
         print(f"{kind}, {name}: {row}", file=sys.stderr, flush=True)
         peers.setdefault(kind, {})[name] = row
         keep(given, peers=peers)
@@ -86,14 +87,17 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--programs", type=_among(PROGRAMS), default=list(PROGRAMS), help=f"of {','.join(PROGRAMS)}")
     parser.add_argument("--peers", type=_among(watch_peers.PEERS), default=list(watch_peers.PEERS), help="or none")
+    parser.add_argument("--parts", type=_among(PARTS), default=PARTS, help=f"of {','.join(PARTS)}")
     parser.add_argument("--repeats", type=int, default=2, help="pairs of runs")
     parser.add_argument("--seconds", type=float, default=20.0, help="of an unwatched run")
-    parser.add_argument("--quick", action="store_true", help="one pair of 4 seconds; nothing is kept")
+    parser.add_argument(
+        "--quick", action="store_true", help="one pair of 4 seconds, no memory, no peers; nothing is kept"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", choices=list(PROGRAMS), help="profile a watched run of one program instead")
     given = parser.parse_args()
     if given.quick:
-        given.repeats, given.seconds = 1, 4.0
+        given.repeats, given.seconds, given.parts = 1, 4.0, ["programs"]
     return given
 
 

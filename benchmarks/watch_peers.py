@@ -57,7 +57,7 @@ print("MEASURED", json.dumps([seconds, losses]))
 """
 
 
-def measured(names: list[str], peers: list[str], *, quick: bool) -> Iterator[tuple[str, str, Row]]:
+def measured(names: list[str], peers: list[str]) -> Iterator[tuple[str, str, Row]]:
     """Peer, program and the ratio to the unwatched steps, or why there is none."""
     for peer in peers:
         package, module, measure, programs, steps = PEERS[peer]
@@ -70,7 +70,7 @@ def measured(names: list[str], peers: list[str], *, quick: bool) -> Iterator[tup
             continue
         for name in [n for n in programs if n in names]:
             try:
-                for kind, row in measure(name, steps // 5 if quick else steps):
+                for kind, row in measure(name, steps):
                     yield kind, name, row | {"version": metadata.version(package)}
             except Exception as error:  # whatever a peer raises is its answer
                 yield peer, name, {"failed": f"{type(error).__name__}: {str(error)[-300:]}"}
