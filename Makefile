@@ -4,10 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH := .venv-bench
+WATCH := .venv-bench-watch
 # A second thread costs more than it gives on networks as small as these.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format clinic bench clean
+.PHONY: demo test check format clinic bench bench-watch clean
 
 demo: $(READY)
 	$(BIN)/unstuck demo $(FAULT)
@@ -37,6 +38,16 @@ $(BENCH)/.ready: pyproject.toml constraints.txt benchmarks/requirements.txt
 	$(BENCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[studies]' -r benchmarks/requirements.txt
 	touch $@
 
+# What watching costs, beside its peers: make bench-watch ARGS="--quick"
+bench-watch: $(WATCH)/.ready
+	$(WATCH)/bin/python benchmarks/watch.py $(ARGS)
+
+$(WATCH)/.ready: pyproject.toml constraints.txt benchmarks/requirements-watch.txt
+	test -d $(WATCH) || $(PYTHON) -m venv $(WATCH)
+	$(WATCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0'
+	$(WATCH)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[studies]' -r benchmarks/requirements-watch.txt
+	touch $@
+
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unstuck needs Python 3.11 or newer, got " + sys.version.split()[0] + ": set PYTHON=python3.11")'
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -45,4 +56,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(BENCH) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(WATCH) .pytest_cache .ruff_cache

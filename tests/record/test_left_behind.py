@@ -1,6 +1,13 @@
 """When the block ends, however it ends, the process is as it was before."""
 
+import builtins
+import gc
+import logging
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -12,6 +19,41 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import unstuck
 from unstuck.record import run_script
+
+# Where a watcher might leave a call that is its own
+PATCHED = (
+    torch,
+    torch.Tensor,
+    torch.autograd,
+    torch.autograd.graph,
+    torch.overrides,
+    torch.amp.GradScaler,
+    torch.nn.functional,
+    torch.nn.utils,
+    torch.optim.Optimizer,
+    torch.optim.SGD,
+    torch.optim.LBFGS,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.optim.swa_utils.AveragedModel,
+    torch.utils.data.DataLoader,
+    nn.Linear,
+    nn.Module,
+    nn.parallel.DistributedDataParallel,
+    builtins,
+    sys,
+    warnings,
+)
+LISTS = [name for name in vars(torch.nn.modules.module) if name.startswith("_global_") and name.endswith("hooks")]
+# What Python itself notes in passing
+PASSING = {
+    "__slotnames__",
+    "last_exc",
+    "last_value",
+    "last_type",
+    "last_traceback",
+    "__warningregistry__",
+    "_filters_version",
+}
 
 
 class Mine(TorchFunctionMode):
@@ -36,6 +78,16 @@ def surroundings():
         "path": (id(sys.path), list(sys.path)),
         "main": sys.modules["__main__"],
         "grad": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "module hooks": {name: dict(getattr(torch.nn.modules.module, name)) for name in LISTS},
+        "attributes": {(o.__name__, n): id(v) for o in PATCHED for n, v in vars(o).items() if n not in PASSING},
+        "threads": threading.enumerate(),
+        "tracing": (sys.gettrace(), sys.getprofile(), threading.gettrace(), list(gc.callbacks), gc.isenabled()),
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)],
+        "process": (Path.cwd(), dict(os.environ), logging.root.handlers, multiprocessing.active_children()),
+        "device": torch.get_default_device(),
+        "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()),
+        "checks": (torch.is_anomaly_enabled(), torch.are_deterministic_algorithms_enabled()),
+        "dispatch modes": torch.utils._python_dispatch._get_current_dispatch_mode_stack(),
         "switches": (torch.backends.cuda.math_sdp_enabled(), torch.get_default_dtype(), torch.get_num_threads()),
     }
 
@@ -165,3 +217,54 @@ def test_the_watcher_holds_no_folder_open_and_leaves_no_half_written_file(tmp_pa
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.jsonl", "tapes.pt"]
     open_files = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     assert not [name for name in open_files if str(tmp_path / "run") in name]
+
+
+class Busy(nn.Module):
+    """Raises in the middle of a step: in the forward pass, in the backward pass, in the optimiser's step."""
+
+    def __init__(self, where, error):
+        super().__init__()
+        self.net, self.where, self.error = nn.Linear(3, 2), where, error
+
+    def forward(self, x):
+        out = self.net(x)
+        if self.where == "forward":
+            raise self.error
+        if self.where == "backward":
+            out.register_hook(self.fail)
+        return out.square().mean()
+
+    def fail(self, *_):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), KeyboardInterrupt()], ids=["exception", "interrupt"])
+@pytest.mark.parametrize("where", ["forward", "backward", "optimiser", "no_grad"])
+def test_an_error_in_the_middle_of_a_step_leaves_nothing(tmp_path, where, error):
+    model = Busy("", error)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = surroundings()
+    seen = None
+    try:
+        with unstuck.watch(folder=tmp_path / "run") as run:
+            three_steps(lambda x: model(x), optimizer)
+            model.where = where
+            loss = model(torch.randn(4, 3)) if where != "no_grad" else None
+            if where == "no_grad":
+                with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                    model.where = "forward"
+                    model(torch.randn(4, 3))
+            loss.backward()
+            handle = optimizer.register_step_pre_hook(model.fail)
+            try:
+                optimizer.step()
+            finally:
+                handle.remove()
+    except (KeyError, KeyboardInterrupt) as caught:
+        seen = caught
+    assert type(seen) is type(error)
+    assert surroundings() == before
+    assert run.outcome == ("interrupted" if isinstance(error, KeyboardInterrupt) else "raised KeyError")
+    assert run.steps == 3
+    three_steps(lambda x: model.net(x), optimizer)  # the training goes on without the watcher
+    assert run.steps == 3

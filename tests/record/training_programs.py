@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+STEPS = 130
+PAUSE = 124  # late enough for every trial: those need 120 recorded steps
+
 
 class Tied(nn.Module):
     """A transformer whose output layer is its embedding."""
@@ -36,12 +39,12 @@ def _all(model, optimizer, *more):
     return [model.state_dict(), optimizer.state_dict(), *more]
 
 
-def _classifier(model, make_optimizer, x, *, steps=200, parts=1, clip=None):
+def _classifier(model, make_optimizer, x, *, parts=1, clip=None):
     def train(pause):
         y = torch.randint(0, 4, (len(x),))
         optimizer = make_optimizer(model)
         log = []
-        for step in range(1, steps + 1):
+        for step in range(1, STEPS + 1):
             model.train()
             batch = torch.randperm(len(x))[:8]
             optimizer.zero_grad()
@@ -52,7 +55,7 @@ def _classifier(model, make_optimizer, x, *, steps=200, parts=1, clip=None):
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
             log.append(loss.item())
-            if step % 100 == 0:
+            if step == PAUSE:
                 model.eval()
                 with torch.no_grad():
                     log.append(F.cross_entropy(model(x), y).item())
@@ -86,14 +89,14 @@ def transformer():
     def train(pause):
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         log = []
-        for step in range(1, 201):
+        for step in range(1, STEPS + 1):
             batch = ids[torch.randperm(40)[:8]]
             logits = model(batch[:, :-1])
             loss = F.cross_entropy(logits.reshape(-1, 11), batch[:, 1:].reshape(-1))
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
             optimizer.step()
-            if step == 100:
+            if step == PAUSE:
                 model.eval()
                 with torch.no_grad():  # torch takes another path here, unless a mode listens
                     log.append(model(ids).sum().item())
@@ -116,14 +119,14 @@ def raw_tensors():
 
     def train(pause):
         optimizer = torch.optim.SGD([w1, w2], lr=0.1)
-        for step in range(1, 201):
+        for step in range(1, STEPS + 1):
             scores = ((x @ w1).tanh() @ w2).squeeze(1)
             losses = [(1 + -yi * si).relu() for yi, si in zip(y, scores, strict=True)]
             loss = sum(losses) / len(losses) + 1e-4 * sum((p * p).sum() for p in (w1, w2))
             w1.grad = w2.grad = None
             loss.backward()
             optimizer.step()
-            if step % 100 == 0:
+            if step == PAUSE:
                 pause(step)
         return [w1, w2, optimizer.state_dict()]
 
@@ -134,12 +137,12 @@ def by_hand_without_an_optimiser():
     x, w = torch.randn(20, 3), torch.randn(3, requires_grad=True)
 
     def train(pause):
-        for step in range(1, 201):
+        for step in range(1, STEPS + 1):
             loss = ((x @ w - 1) ** 2).mean()
             loss.backward()
             w.data -= 0.05 * w.grad
             w.grad.zero_()
-            if step == 100:
+            if step == PAUSE:
                 pause(step)
         return [w]
 
@@ -158,9 +161,9 @@ def closure():
             value.backward()
             return value
 
-        for step in range(1, 201):
+        for step in range(1, STEPS + 1):
             optimizer.step(loss)
-            if step in (20, 100):
+            if step == PAUSE:
                 pause(step)
         return _all(model, optimizer)
 
@@ -173,8 +176,8 @@ def two_optimisers_and_a_schedule():
     def train(pause):
         first = torch.optim.Adam(net.parameters(), lr=torch.tensor(0.01))
         second = torch.optim.SGD(rival.parameters(), lr=0.05, nesterov=True, momentum=0.9)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(second, 0.1, total_steps=101)
-        for step in range(1, 101):
+        schedule = torch.optim.lr_scheduler.OneCycleLR(second, 0.1, total_steps=STEPS // 2 + 1)
+        for step in range(1, STEPS // 2 + 1):
             x = torch.randn(8, 6)
             first.zero_grad()
             (rival(net(x)) - x).square().mean().backward()
@@ -183,7 +186,7 @@ def two_optimisers_and_a_schedule():
             (rival(net(x).detach()) - x).abs().mean().backward()
             second.step()
             schedule.step()
-            if step == 50:
+            if step == PAUSE // 2:
                 pause(step)
         return [*_all(net, first), *_all(rival, second), schedule.state_dict()]
 
@@ -195,12 +198,12 @@ def a_device_block_around_each_step():
 
     def train(pause):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for step in range(1, 201):
+        for step in range(1, STEPS + 1):
             with torch.device("cpu"):
                 model(torch.randn(8, 6)).square().mean().backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            if step == 100:
+            if step == PAUSE:
                 pause(step)
         return _all(model, optimizer)
 
@@ -219,9 +222,9 @@ def steps_inside_backward():
 
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(step_of)
-        for step in range(1, 101):
+        for step in range(1, STEPS // 2 + 1):
             model(torch.randn(8, 6)).square().mean().backward()
-            if step == 50:
+            if step == PAUSE // 2:
                 pause(step)
         return [model.state_dict(), *(o.state_dict() for o in optimizers.values())]
 
@@ -234,7 +237,7 @@ def parameters_added_later():
     def train(pause):
         optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
         trunk.requires_grad_(False)
-        for step in range(1, 201):
+        for step in range(1, STEPS + 1):
             if step == 60:
                 trunk.requires_grad_(True)
                 optimizer.add_param_group({"params": trunk.parameters(), "lr": 0.001})
@@ -242,7 +245,7 @@ def parameters_added_later():
             optimizer.zero_grad()
             head(trunk(torch.randn(8, 6))).square().mean().backward()
             optimizer.step()
-            if step == 120:
+            if step == PAUSE:
                 pause(step)
         return [trunk.state_dict(), *_all(head, optimizer)]
 
