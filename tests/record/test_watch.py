@@ -113,7 +113,7 @@ def test_two_groups_keep_their_own_rates(tmp_path):
 def test_states_are_the_first_two_recent_ones_and_the_last(tmp_path):
     model = Net()
     start = [p.detach().clone() for p in model.parameters()]
-    with unstuck.watch(folder=tmp_path / "run", budget=1.0) as run:
+    with unstuck.watch(folder=tmp_path / "run", budget=100) as run:
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=230)
         middle = [p.detach().clone() for p in model.parameters()]
         assert [s.step for s in run.memory().states] == [0, 150, 200, 230]
@@ -127,7 +127,7 @@ def test_the_states_of_a_large_model_are_on_disk(tmp_path, monkeypatch):
     def trained(folder):
         torch.manual_seed(0)
         model = Net()
-        with unstuck.watch(folder=folder, budget=1.0) as run:
+        with unstuck.watch(folder=folder, budget=100) as run:
             train(model, torch.optim.Adam(model.parameters()), steps=230)
         return run.memory().states
 
@@ -147,7 +147,7 @@ def test_a_disk_that_takes_no_state_costs_the_states(tmp_path, monkeypatch):
     monkeypatch.setattr(_watch, "STATE_BYTES", 10)
     monkeypatch.setattr(_watch.Shelf, "put", lambda *_: open("/dev/full/x"))  # noqa: SIM115, PTH123
     model = Net()
-    with unstuck.watch(folder=tmp_path / "run", budget=1.0) as run:
+    with unstuck.watch(folder=tmp_path / "run", budget=100) as run:
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=60)
     assert [s.step for s in run.memory().states] == [60]
     assert [e["code"] for e in run.of("fact")] == ["not-saved"]
@@ -205,7 +205,7 @@ def test_two_gradients_in_a_row_are_compared(tmp_path):
     model = nn.Linear(300, 100, bias=False)  # of which each 16th number is looked at
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     gradients = []
-    with unstuck.watch(model, optimizer, folder=tmp_path / "run", budget=1.0) as run:
+    with unstuck.watch(model, optimizer, folder=tmp_path / "run", budget=100) as run:
         for _ in range(12):
             optimizer.zero_grad()
             model(torch.randn(5, 300)).square().mean().backward()

@@ -170,7 +170,8 @@ def distinct(tapes: Sequence[Tape]) -> tuple[Tape, ...]:
 
 
 def _fingerprint(constant: Tensor) -> tuple[Any, ...]:
-    x = constant.detach().double().flatten()
+    x = constant.detach()
+    x = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).double().flatten()
     weights = torch.arange(1, len(x) + 1, dtype=torch.float64).remainder_(97.0)
     return tuple(constant.shape), float(x.sum()), float(x @ weights)
 

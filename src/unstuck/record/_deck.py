@@ -144,12 +144,9 @@ class Deck:
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
 
     def _same_gradient(self, had: Sequence[Tensor | None], found: Sequence[Tensor]) -> bool:
-        g = torch.cat(
-            [h.detach().flatten().double() for h in had if h is not None and not h.is_sparse] or [torch.zeros(0)]
-        )
-        r = torch.cat(
-            [f.flatten().double() for h, f in zip(had, found, strict=True) if h is not None and not h.is_sparse] or [g]
-        )
+        pairs = [(h, f) for h, f in zip(had, found, strict=True) if h is not None and not h.is_sparse]
+        g = torch.cat([_flat(h) for h, _ in pairs] or [torch.zeros(0)])
+        r = torch.cat([_flat(f) for _, f in pairs] or [g])
         size, replayed = float(g.norm()), float(r.norm())
         if not (size > 0 and replayed > 0 and torch.isfinite(g).all()):
             return True
@@ -159,6 +156,11 @@ class Deck:
             return False
         self.rescaled = scale
         return True
+
+
+def _flat(x: Tensor) -> Tensor:
+    x = x.detach()
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).flatten().double()
 
 
 def _close(a: float, b: float) -> bool:

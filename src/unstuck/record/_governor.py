@@ -20,32 +20,43 @@ class Clock:
         """A reading at `step` took so long, where a step takes `pace` seconds without us."""
         self._cost = seconds if not self._cost else 0.7 * self._cost + 0.3 * seconds
         allowed = self._share * pace
-        longest = max(10 * self.every, self._least)  # one slow reading, as the first is, does not end them
-        self.every = min(max(self._least, math.ceil(self._cost / allowed) if allowed > 0 else longest), longest)
+        if allowed > 0:
+            longest = 10 * self.every  # one slow reading, as the first is, does not end them
+            self.every = min(max(self._least, math.ceil(self._cost / allowed)), longest)
         self._next = step + self.every
 
 
 class Alarm:
-    """Rings when the loss stops falling, rises or is no number; at most once each time that the steps double."""
+    """Rings when the loss does not fall: looked at each time that the steps have doubled, and where it leaps."""
 
-    FAST, SLOW = 20, 200  # steps that the two means look back
+    FIRST = 64  # steps
+    FALL = 0.02  # of the mean over a quarter of the steps so far, from one quarter to the next
+    LEAP = 4.0  # times the loss at first
 
     def __init__(self) -> None:
-        self._fast = self._slow = math.nan
         self._count = 0
-        self._quiet = self.SLOW  # until this many steps
+        self._look = self.FIRST
+        self._third = self._fourth = 0.0  # sums over quarters of the steps up to the next look
+        self._start = math.nan
+        self._leapt = 0  # when it rang for a leap
 
     def rings(self, loss: float) -> bool:
         self._count += 1
-        if not math.isfinite(loss):
-            return self._count >= self._quiet / 2 and self._rung()
-        if self._count == 1 or not math.isfinite(self._slow):
-            self._fast = self._slow = loss
-        self._fast += (loss - self._fast) / min(self._count, self.FAST)
-        self._slow += (loss - self._slow) / min(self._count, self.SLOW)
-        falls = self._fast < self._slow - 0.02 * abs(self._slow)
-        return not falls and self._count >= self._quiet and self._rung()
+        if self._count == 1:
+            self._start = loss
+        if not math.isfinite(loss) or loss > self.LEAP * abs(self._start):
+            return self._leaps()
+        if self._count > 3 * self._look // 4:
+            self._fourth += loss
+        elif self._count > self._look // 2:
+            self._third += loss
+        if self._count < self._look:
+            return False
+        falls = self._fourth < self._third - self.FALL * abs(self._third)
+        self._look, self._third, self._fourth = 2 * self._count, 0.0, 0.0
+        return not falls
 
-    def _rung(self) -> bool:
-        self._quiet = 2 * max(self._count, self.SLOW)
-        return True
+    def _leaps(self) -> bool:
+        again = self._leapt and self._count < 2 * self._leapt
+        self._leapt = self._leapt if again else self._count
+        return not again

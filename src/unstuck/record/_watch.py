@@ -29,7 +29,8 @@ from unstuck.record._run import TAPES, Run
 from unstuck.record._state import Shelf, State, pack_state, snapshot
 
 FOLDER = Path("unstuck-runs")
-FREE_SECONDS = 2.0  # what the first tapes, and those after an alarm, may take beside the promised share
+FIRST_TAPES = 16  # that need not wait for the promised share
+FREE_SECONDS = 2.0  # what they, and those after an alarm, may take at once; later tapes wait until it is made up for
 MARGIN = 0.7  # of the promised share: the rest is for what we cannot time, as the caches that we use
 SNAPSHOT_EVERY = 50  # steps, at the least
 STATE_BYTES = 16 << 20  # of the weights: where they are larger, states go to the disk at once
@@ -68,10 +69,8 @@ class Watch:
         self._pending: list[dict[str, Any]] = []  # records with readings that are still on a device
         self._counts: dict[str, int] = {}
         self._heard = 0  # steps that a recorder was on for
-        self._wanted = KEPT  # tapes that need not wait for the promised share
+        self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
         self._alarm = Alarm()
-        self._free = 0.0  # seconds spent on them
-        self._mark: float | None = None  # what had been spent when such a tape was begun
         self._pace = 0.0  # seconds of a step without us, the latest counting most
         self._last = (0.0, 0.0)  # the time and what had been spent after the last step
         self._snapshots = Clock(budget / 8, SNAPSHOT_EVERY)
@@ -308,14 +307,9 @@ class Watch:
 
     def _listen_on(self) -> None:
         """Records the next step too, if that is free or within the promised share."""
-        spent = self._spent()
-        if self._mark is not None:
-            self._free += spent - self._mark
+        over = self._spent() - MARGIN * self._budget * self._elapsed()
+        if over < 0 or (self._wanted > 0 and over < FREE_SECONDS):
             self._wanted -= 1
-            self._mark = None
-        if self._wanted > 0 and self._free < FREE_SECONDS:
-            self._mark = spent
-        if self._mark is not None or spent - self._free < MARGIN * self._budget * self._elapsed():
             self._deck.listen()
 
     def gave_up(self, reason: str) -> None:
