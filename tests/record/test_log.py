@@ -1,5 +1,6 @@
 """The log on disk: what a strict parser of another make reads, whatever happened to the writer."""
 
+import gc
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import resource
 import signal
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,8 @@ from torch import nn
 import unstuck
 from unstuck.record import Run, new_folder
 from unstuck.record._log import LINES, NAME, Log, read_log
+
+SOURCE = Path(unstuck.__file__).parent
 
 
 def strict_lines(folder):
@@ -229,3 +233,33 @@ def test_the_log_does_not_wait_for_the_end(tmp_path):
         assert (tmp_path / "run" / NAME).stat().st_size > 0
         assert len(run.series("loss")[0]) == 3 == len(Run(tmp_path / "run").series("loss")[0])
         assert 0 < run.seconds <= time.monotonic() - began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 7])  # batches of one size, and of seven
+def test_what_the_watcher_holds_does_not_grow_with_the_number_of_steps(tmp_path, rows):
+    def steps(count):
+        for k in range(count):
+            optimizer.zero_grad()
+            model(torch.randn(2 + k % rows, 3)).square().mean().backward()
+            optimizer.step()
+
+    def held():
+        gc.collect()
+        found = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, f"{SOURCE}/*")])
+        return sum(trace.size for trace in found.statistics("filename"))
+
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with unstuck.watch(folder=tmp_path / "run") as run:
+        steps(1000)
+        tracemalloc.start(1)
+        try:
+            steps(1000)
+            before = held()
+            steps(20_000)
+            after = held()
+        finally:
+            tracemalloc.stop()
+    assert run.steps == 22_000
+    assert after - before < 20_000 + 64 * 400  # a byte a step is too much; up to 64 lines wait
