@@ -89,10 +89,13 @@ class Vault:
         if known is not None and known[0] == version:
             return known[1], None
         if known is None:  # a dead tensor takes its copy along, before its id can be given to another
-            self._sources[key] = weakref.ref(tensor, functools.partial(self._copies.pop, key))
+            self._sources[key] = weakref.ref(tensor, functools.partial(self._forget, key))
         kept = copied(tensor)
         self._copies[key] = (version, kept)
         return kept, None
+
+    def _forget(self, key: int, _: object) -> None:
+        del self._copies[key], self._sources[key]
 
 
 def memory_of(tensor: Tensor) -> int:
