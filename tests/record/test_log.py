@@ -236,12 +236,12 @@ def test_the_log_does_not_wait_for_the_end(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [1, 7])  # batches of one size, and of seven
-def test_what_the_watcher_holds_does_not_grow_with_the_number_of_steps(tmp_path, rows):
+@pytest.mark.parametrize(("sizes", "budget", "count"), [(1, 0.02, 20_000), (7, 1.0, 5_000)])  # of the batches
+def test_what_the_watcher_holds_does_not_grow_with_the_number_of_steps(tmp_path, sizes, budget, count):
     def steps(count):
         for k in range(count):
             optimizer.zero_grad()
-            model(torch.randn(2 + k % rows, 3)).square().mean().backward()
+            model(torch.randn(2 + k % sizes, 3)).square().mean().backward()
             optimizer.step()
 
     def held():
@@ -251,15 +251,15 @@ def test_what_the_watcher_holds_does_not_grow_with_the_number_of_steps(tmp_path,
 
     model = nn.Linear(3, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with unstuck.watch(folder=tmp_path / "run") as run:
+    with unstuck.watch(folder=tmp_path / "run", budget=budget) as run:
         steps(1000)
         tracemalloc.start(1)
         try:
             steps(1000)
             before = held()
-            steps(20_000)
+            steps(count)
             after = held()
         finally:
             tracemalloc.stop()
-    assert run.steps == 22_000
-    assert after - before < 20_000 + 64 * 400  # a byte a step is too much; up to 64 lines wait
+    assert run.steps == 2000 + count
+    assert after - before < count + 64 * 400  # a byte a step is too much; up to 64 lines wait
