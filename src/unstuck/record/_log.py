@@ -61,13 +61,15 @@ class Log:
         with self._lock:
             lines = self._lines[:]
             del self._lines[: len(lines)]  # one more may have come
-            self._written = monotonic()
             try:
                 if not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
                     raise FileNotFoundError
             except OSError:
                 self.fail(f"{self._path} is gone")
                 return
+            if not lines:
+                return
+            self._written = monotonic()
             try:
                 # what is no character becomes the escape that JSON has for it
                 _append(self._file, "".join(lines).encode(errors="backslashreplace"))
