@@ -357,7 +357,7 @@ def test_a_log_that_is_cut_in_the_middle_of_a_line_is_read_up_to_it():
     command("run", "--out", "here", "train.py")
     log = Path("here/log.jsonl")
     data = log.read_bytes()
-    log.write_bytes(data[: data.index(b'"step": 21') + 3])
+    log.write_bytes(data[: data.index(b'"step":21') + 3])
     Path("here/tapes.pt").write_bytes(Path("here/tapes.pt").read_bytes()[:1000])
     code, stdout, stderr = command("diagnose", "here", "--json")
     assert code == 1, stderr

@@ -89,10 +89,19 @@ class Vault:
         if known is not None and known[0] == version:
             return known[1], None
         if known is None:  # a dead tensor takes its copy along, before its id can be given to another
-            self._sources[key] = weakref.ref(tensor, functools.partial(self._copies.pop, key))
+            self._sources[key] = weakref.ref(tensor, functools.partial(_forget, weakref.ref(self), key))
         kept = copied(tensor)
         self._copies[key] = (version, kept)
         return kept, None
+
+    def forget(self, key: int) -> None:
+        del self._copies[key], self._sources[key]
+
+
+def _forget(vault: weakref.ref[Vault], key: int, _: object) -> None:
+    known = vault()  # a vault that its own references held would wait for the garbage collector
+    if known is not None:
+        known.forget(key)
 
 
 def memory_of(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 NAME = "log.jsonl"
 LINES, SECONDS = 64, 0.2  # the most that a crash can take
 AT_ONCE = ("fact", "end")
+FACT = b'{"kind":"fact",'
 BLOCK = 1 << 20  # bytes that are parsed together
 NONFINITE = ("nan", "inf", "-inf")
 
@@ -60,13 +61,15 @@ class Log:
         with self._lock:
             lines = self._lines[:]
             del self._lines[: len(lines)]  # one more may have come
-            self._written = monotonic()
             try:
                 if not os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
                     raise FileNotFoundError
             except OSError:
                 self.fail(f"{self._path} is gone")
                 return
+            if not lines:
+                return
+            self._written = monotonic()
             try:
                 # what is no character becomes the escape that JSON has for it
                 _append(self._file, "".join(lines).encode(errors="backslashreplace"))
@@ -129,6 +132,20 @@ def read_log(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
         records += map(loose, block)
         start = end
     return records, start
+
+
+def read_facts(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """As `read_log`, the facts alone: other lines are not parsed, and take no memory."""
+    facts: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            start += len(line)
+            if line.startswith(FACT):
+                facts += map(loose, _one_by_one(line)[0])
+    return facts, start
 
 
 def blocks(path: Path, start: int = 0) -> Iterator[tuple[list[dict[str, Any]], int]]:

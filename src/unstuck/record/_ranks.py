@@ -5,6 +5,8 @@ import itertools
 import os
 from pathlib import Path
 
+from unstuck.record._log import NAME
+
 SHARED = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")  # the same on all ranks
 
 
@@ -21,6 +23,16 @@ def ranked(name: str, rank: int | None) -> str:
     """The file of a rank in the run folder: `log.jsonl` is that of the first, `log-rank1.jsonl` that of the next."""
     path = Path(name)
     return f"{path.stem}-rank{rank}{path.suffix}" if rank else name
+
+
+def logs_of_ranks(folder: Path) -> dict[int, Path]:
+    """The logs in a run folder, by the rank that wrote them."""
+    found = {0: folder / NAME} if (folder / NAME).is_file() else {}
+    for path in folder.glob(ranked(NAME, 1).replace("1", "*")):
+        number = path.stem.rpartition("rank")[2]
+        if number.isdecimal():
+            found[int(number)] = path
+    return dict(sorted(found.items()))
 
 
 def shared_folder(parent: Path, name: str, file: str) -> Path:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from unstuck.objective import Tape, TapeError, unpack
-from unstuck.record._log import NAME, blocks, loose, placed, read_log
-from unstuck.record._ranks import ranked
+from unstuck.record._log import NAME, blocks, loose, placed, read_facts, read_log
+from unstuck.record._ranks import logs_of_ranks, ranked
 from unstuck.record._series import Series
 from unstuck.record._state import State, shelved, unpack_state
 
@@ -55,6 +55,7 @@ class Run:
         self._told: list[dict[str, Any]] = []  # the records that are no steps
         self._read = 0  # bytes
         self._others: dict[int, Run] = {}
+        self._elsewhere: dict[int, tuple[list[dict[str, Any]], int]] = {}  # facts of other ranks, and the bytes read
         if live is None and not self._log.is_file():
             raise ValueError(
                 f"a run folder with a {name} was needed, got {self.folder}: `unstuck run SCRIPT` makes one"
@@ -80,12 +81,9 @@ class Run:
     @property
     def ranks(self) -> dict[int, "Run"]:
         """What each rank recorded, by its number, this one among them."""
-        for path in self._log.parent.glob(ranked(NAME, 1).replace("1", "*")):
-            number = path.stem.rpartition("rank")[2]
-            if number.isdecimal() and int(number) not in (self.rank, *self._others):
-                self._others[int(number)] = Run(self.folder, rank=int(number))
-        if self.rank and 0 not in self._others and self._log.with_name(NAME).is_file():
-            self._others[0] = Run(self.folder)
+        for rank in logs_of_ranks(self._log.parent):
+            if rank != self.rank and rank not in self._others:
+                self._others[rank] = Run(self.folder, rank=rank)
         return dict(sorted({**self._others, self.rank: self}.items()))
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
@@ -105,12 +103,17 @@ class Run:
         return own if self.rank or kind != "fact" else self._joined(own)
 
     def _joined(self, facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        known = {(e.get("code"), e.get("step")) for e in facts}
-        for rank, run in self.ranks.items():
-            new = [e for e in run.of("fact") if (e.get("code"), e.get("step")) not in known] if rank else []
-            known |= {(e.get("code"), e.get("step")) for e in new}
-            facts += [{**e, "rank": rank} for e in new]
-        return sorted(facts, key=lambda e: e.get("step", 0)) if len(self._others) else facts
+        others = {rank: path for rank, path in logs_of_ranks(self._log.parent).items() if rank}
+        if not others:
+            return facts
+        joined = {(e["code"], e["step"]): e for e in facts}
+        for rank, path in others.items():
+            told, end = self._elsewhere.get(rank, ([], 0))
+            new, end = read_facts(path, end)
+            told += new
+            self._elsewhere[rank] = told, end
+            joined = {**{(e["code"], e["step"]): {**e, "rank": rank} for e in told}, **joined}
+        return sorted(joined.values(), key=lambda e: e["step"])
 
     def _last(self, name: str) -> Any:
         """What the last record has under a name that steps do not have, or None."""

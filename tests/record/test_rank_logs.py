@@ -206,3 +206,16 @@ def test_a_rank_alone_has_the_folder_of_its_time(tmp_path, monkeypatch):
     status, out, _ = command("run", "nothing.py")
     assert (status, out) == (0, "1\n")
     assert only_run(tmp_path).folder.name[:2] == "20"
+
+
+def test_facts_of_other_ranks_are_read_on_while_they_train(tmp_path):
+    of_rank(tmp_path, 0, [1.0] * 3)
+    run = Run(tmp_path)
+    writer = Log(tmp_path, ranked(NAME, 1))
+    for step in range(1, 300):
+        writer.write("step", step=step, time=0.1 * step, loss=1.0)
+        if step % 100 == 0:
+            writer.write("fact", code="stale-gradient", step=step)
+            assert [e["step"] for e in run.of("fact")] == list(range(100, step + 1, 100))
+    writer.close()
+    assert run.ranks[1].of("fact") == [{k: v for k, v in e.items() if k != "rank"} for e in run.of("fact")]
