@@ -119,14 +119,14 @@ def _found(module: str) -> tuple[ModuleSpec, CodeType]:
 def _looked_up(module: str) -> tuple[ModuleSpec, CodeType]:
     package = module.rpartition(".")[0]
     try:
-        if package:
+        if package and not module.startswith("."):
             __import__(package)
-        spec = importlib.util.find_spec(module)
+        spec = None if module.startswith(".") else importlib.util.find_spec(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # something else is missing
         raise _NoModule(f"a module was needed, but there is none called {module}: {error}") from None
-    except ValueError:  # a relative name, or a module that has no spec
+    except ValueError:  # no name, or a module that has no spec
         spec = None
     if spec is None:
         raise _NoModule(f"a module was needed, but there is none called {module}: look at its name and the folder")
@@ -241,6 +241,8 @@ def _print(error: BaseException) -> int:
     except Exception as failure:  # so Python has it where the hook of a script fails
         sys.stderr.write("Error in sys.excepthook:\n")
         failure.__traceback__ = _cleaned(failure.__traceback__)
+        if failure.__context__ is error:
+            failure.__context__ = None
         sys.__excepthook__(type(failure), failure, failure.__traceback__)
         sys.stderr.write("\nOriginal exception was:\n")
         sys.__excepthook__(type(error), error, error.__traceback__)
