@@ -17,8 +17,6 @@ from unstuck.record import Run, run_module
 SCRIPTS = Path(__file__).parents[2] / "clinic" / "scripts"
 ROOT = Path(__file__).parents[2]
 WATCHED = "import sys; from unstuck.cli import main; sys.exit(main())"
-    "import sys; from unstuck.record import run_module; sys.exit(run_module(sys.argv[1], sys.argv[2:]).status)"
-)
 
 RUNS = {  # what the default run can afford: a few steps, enough to come to every line
     "char_gpt": "--steps 30",
@@ -245,11 +243,6 @@ HABITS = {  # run in forks of this process
         logging.info("loss %s", train())
     """,
     "warnings are errors": "import warnings; warnings.simplefilter('error'); print(train())",
-    "stdout is a file": """
-        import sys
-        sys.stdout = sys.stderr = open("out.txt", "w")
-        print(train())
-    """,
     "stdout is teed": """
         import sys
         class Tee:
@@ -286,6 +279,11 @@ HABITS = {  # run in forks of this process
     """,
 }
 PROCESSES = {  # what is about the process itself, its start or its end
+    "stdout is a file": """
+        import sys
+        sys.stdout = sys.stderr = open("out.txt", "w")
+        print(train())
+    """,
     "reads stdin": "import sys; print(input('name? '), sys.stdin.read(), train())",
     "excepthook": """
         import sys
