@@ -36,7 +36,6 @@ RUNS = {  # what the default run can afford: a few steps, enough to come to ever
     "digits_cnn": "--epochs 2 --steps 8",
     "fine_tune": "--epochs 2 --steps 10",
     "fine_tune plateau": "--epochs 2 --steps 10 --schedule plateau",
-    "fine_tune cosine": "--epochs 2 --steps 10 --schedule cosine",
     "fine_tune sequential": "--epochs 2 --steps 10 --schedule sequential",
     "amp": "--steps 30",
     "amp bfloat16": "--steps 30 --pure",
@@ -55,6 +54,7 @@ WHOLE = {  # each to its end
     "actor_critic reinforce": "--reinforce",
     "digits_cnn": "",
     "fine_tune": "",
+    "fine_tune cosine": "--schedule cosine",
     "amp bfloat16": "--pure",
     "amp float16": "--fp16",
     "compiled": "--steps 60 --backend eager",
@@ -385,7 +385,8 @@ def test_what_a_script_does_has_the_effect_that_it_has_unwatched(habit):
     same_habit(script, lambda: ended(plainly(script, [])), lambda: ended(start("run", script)))
 
 
-@pytest.mark.parametrize("habit", [pytest.param(h, marks=[pytest.mark.slow] * (h != "atexit")) for h in PROCESSES])
+@pytest.mark.slow
+@pytest.mark.parametrize("habit", PROCESSES)
 def test_what_a_script_does_to_its_process_has_the_effect_that_it_has_unwatched(habit):
     script = write("a folder/train it.py", LOOP + textwrap.dedent(PROCESSES[habit]))
 
