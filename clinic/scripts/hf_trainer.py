@@ -8,7 +8,7 @@ import textwrap
 
 import torch
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainingArguments, set_seed
 
 
 class Blocks(Dataset):
@@ -57,6 +57,7 @@ def main():
     )
     train, held_out = torch.utils.data.random_split(data, [0.9, 0.1], torch.Generator().manual_seed(0))
     trainer = Trainer(model=model, args=training_args, train_dataset=train, eval_dataset=held_out)
+    trainer.remove_callback(PrinterCallback)  # it prints how long everything took
     result = trainer.train()
     for row in trainer.state.log_history:
         print({k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k})
