@@ -42,7 +42,7 @@ def rung(losses):
     return [k for k, loss in enumerate(losses, 1) if alarm.rings(loss)]
 
 
-def noisy(mean, steps=2000, noise=0.3):
+def noisy(mean, steps=2000, noise=0.1):
     draw = random.Random(0)
     return [mean(k) * (1 + noise * draw.uniform(-1, 1)) for k in range(1, steps + 1)]
 

@@ -30,9 +30,10 @@ class StaleGradients:
     def note_backward(self) -> None:
         """At the start of backward(): whether what the last step used is still there."""
         for key, left in self._left.items():
+            if not (left and _untouched(*left[0])) and not self._stale[key]:
+                continue  # cleared, as it should be
             here = [(p.grad, i, v) for p, i, v in left]
-            untouched = bool(left) and all(g is not None and id(g) == i and g._version == v for g, i, v in here)
-            if untouched:
+            if left and all(_untouched(*one) for one in left):
                 self._stale[key] = any(bool(g.any()) for g, _, _ in here if g is not None)
             elif self._stale[key]:  # added to by an earlier backward of this step, or cleared since
                 self._stale[key] = all(g is not None and bool(g.any()) for g, _, _ in here)
@@ -46,6 +47,12 @@ class StaleGradients:
             return None
         self.count += 1
         return left[0][0]
+
+
+def _untouched(parameter: Tensor, of: int, version: int) -> bool:
+    """Whether the gradient is the one that was noted, and nobody wrote into it since."""
+    gradient = parameter.grad
+    return gradient is not None and id(gradient) == of and gradient._version == version
 
 
 def cut_off(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -11,17 +11,18 @@ class Clock:
         self._share = share
         self._least = least
         self._next = least
-        self._cost = 0.0  # seconds of one reading, the latest counting most
+        self._cost = 0.0  # seconds of one reading
 
     def due(self, step: int) -> bool:
         return step >= self._next
 
     def took(self, step: int, seconds: float, pace: float) -> None:
         """A reading at `step` took so long, where a step takes `pace` seconds without us."""
-        self._cost = seconds if not self._cost else 0.7 * self._cost + 0.3 * seconds
+        slower = self._cost and seconds > self._cost  # as the first is, or one that another program interrupts
+        self._cost = 0.7 * self._cost + 0.3 * seconds if slower else seconds
         allowed = self._share * pace
         if allowed > 0:
-            longest = 10 * self.every  # one slow reading, as the first is, does not end them
+            longest = 10 * self.every  # one slow reading does not end them
             self.every = min(max(self._least, math.ceil(self._cost / allowed)), longest)
         self._next = step + self.every
 

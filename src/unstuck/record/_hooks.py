@@ -77,10 +77,10 @@ class Hooks:
             self._undo.pop()()
 
     def taken_order(self) -> str:
-        """The letters of the calls since the last time."""
+        """The letters of the calls that led to a step, and s for the step."""
         order = "".join(self._order)
         self._order.clear()
-        return order
+        return order + "s"
 
     def _roots(self, roots: Any = None, *_: Any, tensors: Any = None, **__: Any) -> None:
         given = roots if roots is not None else tensors
@@ -147,8 +147,7 @@ class Hooks:
                 return
             began = time.perf_counter()
             try:
-                with torch.no_grad():
-                    hook(*args, **kwargs)
+                hook(*args, **kwargs)
             except Exception as error:
                 self._failed = True
                 self._listener.gave_up(f"{type(error).__name__}: {error}")

@@ -44,6 +44,11 @@ class Pulses:
         norm_due, update_due = self._norms.due(self._count), self._count <= 2 or self._updates.due(self._count)
         if not (norm_due or update_due or self._slopes):
             return found
+        with torch.no_grad():  # a gradient may have one itself
+            return found | self._read(pace, norm_due=norm_due, update_due=update_due)
+
+    def _read(self, pace: float, *, norm_due: bool, update_due: bool) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         moved = [p for g in self._groups for p in g["params"]]
         slopes = [p.grad for p in moved if p.grad is not None and not p.grad.is_sparse]
         began = perf_counter()
@@ -62,11 +67,14 @@ class Pulses:
             self._seconds = 2 * (perf_counter() - began)  # with the cosine of the next step
         return found
 
+    @property
+    def measures(self) -> bool:
+        """Whether what the step does to the weights is being measured."""
+        return bool(self._before)
+
     def after_step(self, pace: float) -> dict[str, Any]:
-        """What the step has done to the weights, where that was due."""
+        """What the step has done to the weights, where that is measured."""
         before, self._before = self._before, []
-        if not before:
-            return {}
         began = perf_counter()
         moved = [p for g in self._groups for p in g["params"]]
         after = _sampled(moved)
@@ -100,32 +108,36 @@ def total(parts: Sequence[Tensor], shares: Sequence[float] | None = None) -> Rea
     return float(whole) if device.type == "cpu" else whole
 
 
-def settled(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def settled(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """The records with all their readings as numbers, read from each device at once."""
-    found: dict[int, Any] = {}
+    found: dict[int, float] = {}
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in _tensors(records):
         by_device.setdefault(tensor.device, []).append(tensor)
+    if not by_device:
+        return records
     for tensors in by_device.values():
-        flat = torch.cat([t.detach().reshape(1).double() for t in tensors]).tolist()
+        flat = torch.stack([t.detach().reshape(()).double() for t in tensors]).tolist()
         found.update(zip(map(id, tensors), flat, strict=True))
-    return [_with_numbers(record, found) for record in records]
+    return [{name: _number(value, found) for name, value in record.items()} for record in records]
 
 
-def _tensors(x: Any) -> Iterable[Tensor]:
-    if isinstance(x, Tensor):
-        yield x
-    elif isinstance(x, (Mapping, list, tuple)):
-        for part in x.values() if isinstance(x, Mapping) else x:
-            yield from _tensors(part)
+def _tensors(records: Iterable[Mapping[str, Any]]) -> Iterable[Tensor]:
+    for record in records:
+        for value in record.values():
+            if isinstance(value, Tensor):
+                yield value
+            elif isinstance(value, dict):  # tensor by tensor
+                for parts in value.values():
+                    yield from parts
 
 
-def _with_numbers(x: Any, found: Mapping[int, float]) -> Any:
+def _number(x: Any, found: Mapping[int, float]) -> Any:
     if isinstance(x, Tensor):
         return found[id(x)]
-    if isinstance(x, Mapping):
-        return {key: _with_numbers(part, found) for key, part in x.items()}
-    return [_with_numbers(part, found) for part in x] if isinstance(x, (list, tuple)) else x
+    if isinstance(x, dict):
+        return {name: [found[id(part)] for part in parts] for name, parts in x.items()}
+    return x
 
 
 def _sampled(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -21,9 +21,10 @@ from unstuck.record._deck import KEPT, Deck
 from unstuck.record._facts import StaleGradients, cut_off, first_nonfinite, orphans
 from unstuck.record._governor import Alarm, Clock
 from unstuck.record._hooks import Hooks
+from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import models_alive, parameter_names
-from unstuck.record._pulses import Pulses, settled
+from unstuck.record._pulses import Pulses
 from unstuck.record._ranks import own_rank, ranked, shared_folder
 from unstuck.record._run import TAPES, Run
 from unstuck.record._state import Shelf, State, pack_state, snapshot
@@ -36,7 +37,6 @@ SNAPSHOT_EVERY = 50  # steps, at the least
 STATE_BYTES = 16 << 20  # of the weights: where they are larger, states go to the disk at once
 SAFE_BYTES = 64 << 20  # of tapes that are written on the way as well, lest a kill takes them
 SAFE_SECONDS = 30.0  # when that happens first; then at twice the time, and so on
-PENDING = 16  # steps whose readings may wait on a device
 
 
 class Watch:
@@ -52,6 +52,7 @@ class Watch:
         self._models = list(models)
         self._budget = budget
         self._log = Log(folder, name)
+        self._journal = Journal(self._log, self._look)
         self._hooks = Hooks(self)
         self._leaves: list[Tensor] = []
         self._names: list[str] = []  # of the leaves: kept, since a model may be gone before its run is written
@@ -65,8 +66,6 @@ class Watch:
         self._record: dict[str, Any] = {}  # of the step being taken
         self._skipped = 0  # steps that a GradScaler left out
         self._finite = True  # whether the last loss was
-        self._told: dict[str, Any] = {"skipped": 0}  # what changes rarely, as it was last logged
-        self._pending: list[dict[str, Any]] = []  # records with readings that are still on a device
         self._counts: dict[str, int] = {}
         self._heard = 0  # steps that a recorder was on for
         self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
@@ -138,14 +137,8 @@ class Watch:
 
     def flush(self) -> None:
         """Has the log show the run as it stands."""
-        self._settle()
+        self._journal.settle()
         self._log.flush()
-
-    def _settle(self) -> None:
-        """Logs the steps whose readings are still on a device."""
-        pending, self._pending = self._pending, []
-        for record in settled(pending):
-            self._write(record, None)
 
     def _packed(self) -> dict[str, Any]:
         self._learn_names()
@@ -218,37 +211,46 @@ class Watch:
             self._counted("stale-gradient", of=self.steps + 1, where=self._name(stale), line=caller())
         if self.steps == 0:
             self._remember()
-        tape = None if recorder is None else self._heard_step(recorder, optimizer, fit=stale is None)
+        tape = None
+        if recorder is not None:
+            with torch.no_grad():
+                tape = self._heard_step(recorder, optimizer, fit=stale is None)
         self._record = pulses.before_step(self._pace)
-        self._read_loss(tape)
+        if self._losses:
+            self._read_loss(tape)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1
         which = self._meet(optimizer)
-        record = {"step": self.steps, "time": self._elapsed(), "optimizer": which, **self._record}
-        if "loss" not in record and self._losses:  # the optimiser called backward itself, in a closure
-            record["loss"] = self._losses[-1] if self._losses[-1].is_cuda else float(self._losses[-1])
-        record.update(self._pulses[which].after_step(self._pace))
-        record.update(self._news())
+        elapsed, spent = self._elapsed(), self._spent()
+        record, self._record = self._record, {}
+        record["step"], record["time"], record["optimizer"] = self.steps, round(elapsed, 6), which
+        if self._losses and "loss" not in record:  # the optimiser called backward itself, in a closure
+            loss = self._losses[-1]
+            record["loss"] = float(loss) if loss.device.type == "cpu" else loss
+        if self._pulses[which].measures:
+            with torch.no_grad():  # what an outer watch sees of it is then no part of a step
+                record |= self._pulses[which].after_step(self._pace)
+        record["order"], record["skipped"] = self._hooks.taken_order(), self._skipped
+        if self._models:
+            record["training"] = all(m.training for m in self._models)
         self._stale.note_step(optimizer)
         self._forget_losses()
-        if self._pending or isinstance(record.get("loss"), Tensor) or isinstance(record.get("grad_norm"), Tensor):
-            self._pending.append(record)
-            if len(self._pending) >= PENDING:
-                self._settle()
-        else:
-            self._write(settled([record])[0] if "tensors" in record else record, None)
+        self._journal.add(record)
         if self._snapshots.due(self.steps):
-            began = time.perf_counter()
-            if self._finite:
+            with torch.no_grad():
                 self._remember()
-            self._snapshots.took(self.steps, time.perf_counter() - began, self._pace)
-        if self._elapsed() > self._safe_at:
-            self._safe_at = 2 * self._elapsed()
+        if elapsed > self._safe_at:
+            self._safe_at = 2 * elapsed
             if self._deck.bytes <= SAFE_BYTES:
                 self.save()
-        self._keep_pace()
-        self._listen_on()
+        pace = (elapsed - self._last[0]) - (spent - self._last[1])
+        self._last = elapsed, spent
+        self._pace += (pace - self._pace) * (0.1 if self._pace else 1.0)
+        over = spent - MARGIN * self._budget * elapsed
+        if over < 0 or (self._wanted > 0 and over < FREE_SECONDS):  # the next one is recorded too
+            self._wanted -= 1
+            self._deck.listen()
 
     def _heard_step(self, recorder: Recorder, optimizer: torch.optim.Optimizer, *, fit: bool) -> Tape | None:
         """The tape of the step that was recorded, if it can be trusted."""
@@ -267,50 +269,28 @@ class Watch:
             self._counted("orphan-gradient", of=self._heard, names=[self._name(p) for p in lost])
         return tape
 
-    def _news(self) -> dict[str, Any]:
-        """What rarely changes, where it has: the order of the calls, and whether the models are in training mode."""
-        now: dict[str, Any] = {"order": self._hooks.taken_order() + "s", "skipped": self._skipped}
-        if self._models:
-            now["training"] = all(m.training for m in self._models)
-        news = {key: value for key, value in now.items() if value != self._told.get(key)}
-        self._told.update(news)
-        return news
-
-    def _write(self, record: dict[str, Any], tape: Tape | None) -> None:
-        """Logs a step, all of whose readings are numbers."""
-        loss = record.get("loss")
-        if loss is not None:
-            if self._alarm.rings(loss):
-                self._wanted = KEPT
-            if not math.isfinite(loss) and "non-finite" not in self._counts:
-                tape = tape or next((t for t in self._deck.tapes if t.step == record["step"]), None)
-                where = first_nonfinite(tape, self._leaves, self._name)
-                self._counted("non-finite", of=record["step"], step=record["step"], loss=loss, **where)
-        self._log.write("step", **record)
+    def _look(self, step: int, loss: float) -> None:
+        """Is told the loss of each step, a little later."""
+        if self._alarm.rings(loss):
+            self._wanted = KEPT
+        self._finite = math.isfinite(loss)
+        if not self._finite and "non-finite" not in self._counts:  # else it was seen while the weights were its own
+            tape = next((t for t in self._deck.tapes if t.step == step), None)
+            where = first_nonfinite(tape, self._leaves, self._name)
+            self._counted("non-finite", of=step, step=step, loss=loss, **where)
 
     def _remember(self) -> None:
-        """Keeps the weights as they stand: the first, and of the later ones the last two."""
-        if self._bytes() <= STATE_BYTES:
+        """Keeps the weights as they stand, if they are finite: the first, and of the later ones the last two."""
+        began = time.perf_counter()
+        if self._finite and self._bytes() <= STATE_BYTES:
             (self._recent if self.steps else self._first).append(snapshot(self.steps, self._leaves, self._only()))
-        elif self._shelf is not None:
+        elif self._finite and self._shelf is not None:
             try:
                 self._shelf.put(snapshot(self.steps, self._leaves, self._only(), copy=False))
             except (OSError, RuntimeError) as error:
                 self._shelf = None
                 self._fact("not-saved", because=str(error))
-
-    def _keep_pace(self) -> None:
-        now, spent = self._elapsed(), self._spent()
-        step = (now - self._last[0]) - (spent - self._last[1])
-        self._last = now, spent
-        self._pace = step if not self._pace else 0.9 * self._pace + 0.1 * max(step, 0.0)
-
-    def _listen_on(self) -> None:
-        """Records the next step too, if that is free or within the promised share."""
-        over = self._spent() - MARGIN * self._budget * self._elapsed()
-        if over < 0 or (self._wanted > 0 and over < FREE_SECONDS):
-            self._wanted -= 1
-            self._deck.listen()
+        self._snapshots.took(self.steps, time.perf_counter() - began, self._pace)
 
     def gave_up(self, reason: str) -> None:
         self._deck.close()
@@ -350,14 +330,12 @@ class Watch:
             self._meet(optimizer)
 
     def _read_loss(self, tape: Tape | None) -> None:
-        if not self._losses:
-            return
-        here = all(loss.device.type == "cpu" for loss in self._losses)
-        loss = sum(map(float, self._losses)) if here else torch.stack([x.double() for x in self._losses]).sum()
-        self._record["loss"] = loss
         self._record["backwards"] = len(self._losses)
-        if not here:
+        if any(loss.device.type != "cpu" for loss in self._losses):  # to be read later
+            device = next(loss.device for loss in self._losses if loss.device.type != "cpu")
+            self._record["loss"] = torch.stack([loss.to(device, torch.float64) for loss in self._losses]).sum()
             return
+        self._record["loss"] = loss = sum([float(loss) for loss in self._losses])
         self._finite = math.isfinite(loss)
         if not self._finite and "non-finite" not in self._counts:  # now, while the weights are still those of the loss
             where = first_nonfinite(tape, self._leaves, self._name)
@@ -374,6 +352,7 @@ class Watch:
             self._fact(code, count=count, of=of, **values)
 
     def _fact(self, code: str, **values: Any) -> None:
+        self._journal.settle()  # the steps before it come first
         self._log.write("fact", code=code, **{"step": self.steps + 1, **values})
 
     def _learn_names(self) -> None:
