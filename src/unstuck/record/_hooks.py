@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
@@ -103,4 +104,4 @@ class Hooks:
                 self._listener.gave_up(f"{type(error).__name__}: {error}")
             self.seconds += time.perf_counter() - began
 
-        return run
+        return _disable_dynamo(run)  # where the script compiles its whole step, it is not to compile ours
