@@ -165,3 +165,15 @@ def test_the_watcher_holds_no_folder_open_and_leaves_no_half_written_file(tmp_pa
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["log.jsonl", "tapes.pt"]
     open_files = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     assert not [name for name in open_files if str(tmp_path / "run") in name]
+
+
+def test_a_training_that_changes_the_working_directory_leaves_its_run_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    model = nn.Linear(3, 2)
+    with unstuck.watch(folder="run") as run:
+        monkeypatch.chdir("there")
+        three_steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert (run.steps, run.outcome) == (3, "finished")
+    assert run.memory() is not None
+    assert [p.name for p in tmp_path.rglob("*.pt")] == ["tapes.pt"]
