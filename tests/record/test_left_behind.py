@@ -268,3 +268,15 @@ def test_an_error_in_the_middle_of_a_step_leaves_nothing(tmp_path, where, error)
     assert run.steps == 3
     three_steps(lambda x: model.net(x), optimizer)  # the training goes on without the watcher
     assert run.steps == 3
+
+
+def test_a_training_that_changes_the_working_directory_leaves_its_run_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    model = nn.Linear(3, 2)
+    with unstuck.watch(folder="run") as run:
+        monkeypatch.chdir("there")
+        three_steps(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert (run.steps, run.outcome) == (3, "finished")
+    assert run.memory() is not None
+    assert [p.name for p in tmp_path.rglob("*.pt")] == ["tapes.pt"]

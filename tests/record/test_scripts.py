@@ -58,6 +58,7 @@ WHOLE = {  # each to its end
     "amp bfloat16": "--pure",
     "amp float16": "--fp16",
     "compiled": "--steps 60 --backend eager",
+    "compiled whole": "--steps 60 --backend eager --whole",
     "hf_trainer": "",
     "lightning_fit": "",
 }

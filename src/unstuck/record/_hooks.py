@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 CALLS = (  # whose order tells how a loop is built: a letter, and where the call lives
@@ -153,7 +154,7 @@ class Hooks:
                 self._listener.gave_up(f"{type(error).__name__}: {error}")
             self.seconds += time.perf_counter() - began
 
-        return run
+        return _disable_dynamo(run)  # where the script compiles its whole step, it is not to compile ours
 
 
 def _exchange(owner: Any, name: str, original: Any, wrapped: Any) -> Callable[[], None]:

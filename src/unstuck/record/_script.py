@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -155,7 +155,7 @@ class _Place(NamedTuple):
     folder: str | None
     streams: tuple[Any, Any, Any]
     on_interrupt: Any
-    filters: list[Any]
+    filters: list[Any]  # of warnings
     torch: tuple[bool, torch.dtype, torch.device]
 
 
@@ -170,7 +170,7 @@ def _here() -> _Place:
         folder,
         (sys.stdin, sys.stdout, sys.stderr),
         signal.getsignal(signal.SIGINT),
-        list(warnings.filters),
+        [*warnings.filters],
         (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()),
     )
 
@@ -185,7 +185,8 @@ def _go(place: _Place) -> None:
             signal.signal(signal.SIGINT, place.on_interrupt)
     with warnings.catch_warnings():
         warnings.resetwarnings()  # so that Python notices the change
-    cast("list[Any]", warnings.filters)[:] = place.filters
+    filters: Any = warnings.filters
+    filters[:] = place.filters
     grad, dtype, device = place.torch
     torch.set_grad_enabled(grad)
     torch.set_default_dtype(dtype)

@@ -398,6 +398,7 @@ def watch(
     """
     script = getattr(sys.modules.get("__main__"), "__file__", None) or "interactive session"
     place = Path(folder) if folder is not None else new_folder(Path(script).stem)
+    place = place.absolute()  # the training may change the working directory
     watcher = Watch(place, models=[] if model is None else [model], budget=budget)
     watcher.start(script, sys.argv[1:], [] if optimizer is None else [optimizer])
     outcome = "finished"
