@@ -47,7 +47,7 @@ _IN_PLACE = frozenset(f"__i{operator}__" for operator in "add sub mul truediv fl
 _EXPOSES = frozenset("numpy __array__ __dlpack__".split())  # hand out memory that others may write into unseen
 
 
-_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # one call instead of one a device
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # noqa: SLF001
 
 
 class Kind:
@@ -59,10 +59,11 @@ class Kind:
         "draws",
         "elastic",
         "exposes",
+        "gradient",
         "inplace",
         "looks",
         "name",
-        "gradient",
+        "plain",
         "shape",
         "statistics",
         "writes",
@@ -86,6 +87,8 @@ class Kind:
         self.inplace = code is not None and "inplace" in code.co_varnames[: code.co_argcount]
         dunder = name.startswith("__")
         self.writes = name == "__setitem__" or name in _IN_PLACE if dunder else name.endswith("_")
+        special = self.looks or self.backward or self.statistics or self.cuts or self.exposes or self.elastic
+        self.plain = not (special or self.draws or self.writes or name in ("grad", "register_hook"))
 
     def writes_now(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Whether a call writes into an argument, by its name and its arguments."""

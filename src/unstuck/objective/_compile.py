@@ -1,6 +1,6 @@
 """Recorded calls become a tape: numbered, or found to be the calls of a program that is known already."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,28 +13,28 @@ from unstuck.objective._program import (
     Program,
     Slice,
     Slot,
-    Tape,
     TapeError,
     leaves,
     map_leaves,
     same_literal,
 )
 
+Copy = tuple[Tensor, int | None]  # a constant, and the version to watch where it is no copy
 
-def compile_tape(
+
+def compiled(
     kept: Sequence[Call],
     roots: Sequence[Call],
-    losses: Sequence[Tensor],
     parameters: Sequence[Tensor],
     vault: Vault,
     *,
     like: Program | None,
     numbers: Sequence[tuple[int, float]],
-) -> Tape:
-    """The tape of the calls `kept`, in their order, with the constants copied.
+) -> tuple[Program, list[Copy]]:
+    """The program of the calls `kept`, in their order, and its constants, copied.
 
-    `like` is a program to share where the calls are the same. `numbers` are what the script read back, each with how
-    many calls came before: TapeError where a later call quotes one.
+    `like` is a program to share where the calls are the same. `numbers` are what the script read back, each with the
+    index of the call: TapeError where a later call quotes one.
     """
     taken = None if like is None else _matched(like, kept, roots, len(parameters))
     if like is None or taken is None:
@@ -46,15 +46,7 @@ def compile_tape(
         program = like
         if any(x in like.floats for _, x in numbers):
             _check_quotes(kept, numbers, like)
-    copies = _copies(taken, parameters, vault)
-    return Tape(
-        program=program,
-        constants=tuple([tensor for tensor, _ in copies]),
-        versions=tuple([version for _, version in copies]),
-        states=tuple([call.state for call in kept if call.state is not None]),
-        loss=float(sum(losses)),
-        step=0,
-    )
+    return program, _copies(taken, parameters, vault)
 
 
 def _check_quotes(kept: Sequence[Call], numbers: Sequence[tuple[int, float]], like: Program | None) -> None:
@@ -119,17 +111,14 @@ def _fits(given: Sequence[Any], known: Sequence[Any], taken: list[Taken], places
     for x, y in zip(given, known, strict=True):
         kind = type(x)
         if kind is Made:
-            if type(y) is not Slot or y.at != x.call.first + x.at:
-                return False
+            fits = type(y) is Slot and y.at == x.call.first + x.at
         elif kind is Taken:
-            if type(y) is not Constant or x.base is not None or y.at != _place(x, taken, places):
-                return False
-        elif kind is not type(y):
-            return False
+            fits = type(y) is Constant and x.base is None and y.at == _place(x, taken, places)
         elif kind in _NESTED:
-            if not _fits(x, y, taken, places):
-                return False
-        elif not same_literal(x, y):
+            fits = kind is type(y) and _fits(x, y, taken, places)
+        else:
+            fits = x is y or same_literal(x, y)
+        if not fits:
             return False
     return True
 
@@ -184,14 +173,14 @@ def _numbered(kept: Sequence[Call], roots: Sequence[Call], parameters: int) -> t
     return Program(tuple(calls), parameters, size, ends, overwritten, _released(calls, ends, parameters)), taken
 
 
-def _copies(taken: Sequence[Taken], parameters: Sequence[Tensor], vault: Vault) -> list[tuple[Tensor, int | None]]:
+def _copies(taken: Sequence[Taken], parameters: Sequence[Tensor], vault: Vault) -> list[Copy]:
     stored = {id(p.grad) for p in parameters}
     if any(id(x.tensor) in stored for x in taken):
         raise TapeError("the loss uses the stored gradient of a parameter")
     return [_kept(x, vault) for x in taken]
 
 
-def _kept(taken: Taken, vault: Vault) -> tuple[Tensor, int | None]:
+def _kept(taken: Taken, vault: Vault) -> Copy:
     if taken.before is not None:
         return (vault.same(taken.tensor, taken.before) if taken.shared else taken.before), None
     if version_of(taken.tensor) != taken.version:

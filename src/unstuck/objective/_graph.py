@@ -25,7 +25,9 @@ class Taken:
 
     __slots__ = ("__weakref__", "base", "before", "overwritten", "shared", "tensor", "version", "viewed")
 
-    def __init__(self, tensor: Tensor, version: int, before: Tensor | None = None, *, overwritten: bool = False) -> None:
+    def __init__(
+        self, tensor: Tensor, version: int, before: Tensor | None = None, *, overwritten: bool = False
+    ) -> None:
         self.tensor = tensor
         self.version = version
         self.before = before  # its contents then, where something wrote into it later or may do so unseen
@@ -50,51 +52,31 @@ class Made:
 class Call:
     """One recorded call; tensors in its arguments stand as Slot (a parameter), Made or Taken."""
 
-    __slots__ = (
-        "__weakref__",
-        "args",
-        "autocast",
-        "changes",
-        "count",
-        "elastic",
-        "epoch",
-        "expects",
-        "first",
-        "function",
-        "grad",
-        "index",
-        "kwargs",
-        "moved",
-        "name",
-        "needs",
-        "part",
-        "refusal",
-        "shares",
-        "state",
-        "touches",
-    )
+    args: tuple[Any, ...] = ()
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    grad = True
+    epoch = 0  # the newest part that its arguments come from
+    touches = False  # whether it takes a parameter
+    changes: Sequence[tuple[int, int, int]] = ()  # slot, version, writes into it; where they are not as at first
+    elastic = False  # whether numbers that depend on the parameters decide the shape of the results
+    shares = False  # whether it takes memory of constants, which its results may then be views of
+    state: Tensor | None = None  # of the generator, where it draws
+    versions: Sequence[int] = ()  # of the tensors that it takes, while it runs
+    count = 0  # of the tensors that it returned
+    first = 0  # the slot of the first of them
+    expects: Any = None
+    moved = 0  # the call that then changed the statistics that this one evaluates with
+    refusal: str | None = None
 
     def __init__(self, index: int, function: Callable[..., Any] | None, name: str, part: int) -> None:
         self.index = index
         self.function = function
         self.name = name
         self.part = part  # how many backward() calls came before
-        self.grad: bool = torch.is_grad_enabled()
         self.autocast = autocast()
-        self.args: tuple[Any, ...] = ()
-        self.kwargs: tuple[tuple[str, Any], ...] = ()
-        self.epoch = 0  # the newest part that its arguments come from
         self.needs: list[Call] = []
-        self.touches = False  # whether it takes a parameter
-        self.changes: list[tuple[int, int, int]] = []  # slot, version, writes into it; where they are not as at first
-        self.elastic = False  # whether numbers that depend on the parameters decide the shape of the results
-        self.shares = False  # whether it takes memory of constants, which its results may then be views of
-        self.state: Tensor | None = None  # of the generator, where it draws
-        self.count = 0  # of the tensors that it returned
-        self.first = 0  # the slot of the first of them
-        self.expects: Any = None
-        self.moved = 0  # the call that then changed the statistics that this one evaluates with
-        self.refusal: str | None = None
+        if not torch.is_grad_enabled():
+            self.grad = False
 
 
 class Written(NamedTuple):
@@ -170,7 +152,9 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def compact_bytes(tensor: Tensor) -> int:
     """The memory of a copy."""
-    return _compact(tensor.detach()).nbytes if tensor.layout is torch.strided else tensor.numel() * tensor.element_size()
+    return (
+        _compact(tensor.detach()).nbytes if tensor.layout is torch.strided else tensor.numel() * tensor.element_size()
+    )
 
 
 def copied(tensor: Tensor) -> Tensor:
