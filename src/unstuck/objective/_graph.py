@@ -61,7 +61,6 @@ class Call:
     elastic = False  # whether numbers that depend on the parameters decide the shape of the results
     shares = False  # whether it takes memory of constants, which its results may then be views of
     state: Tensor | None = None  # of the generator, where it draws
-    versions: Sequence[int] = ()  # of the tensors that it takes, while it runs
     count = 0  # of the tensors that it returned
     first = 0  # the slot of the first of them
     expects: Any = None

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from unstuck.objective._calls import SHAPES, Kind, caller, elastic, is_flag, kind_of, updates
+from unstuck.objective._calls import SHAPES, Kind, caller, elastic, is_flag, kind_of, may_draw, updates
 from unstuck.objective._compile import compiled
 from unstuck.objective._graph import Call, Made, Taken, Vault, ancestors, memory_of, steering, version_of, versions_of
 from unstuck.objective._program import Program, Slice, Slot, Tape, TapeError, generator_state, leaves, tensors
@@ -30,6 +30,7 @@ _PLAIN = (bool, int, float, complex, str, range, type(None), type(...), torch.dt
 _LITERALS = frozenset((*_PLAIN, torch.memory_format))
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _is_compiling = torch.compiler.is_compiling
+_Plain = tuple[Call, list[Tensor], list[int]]  # with the tensors that it takes, and their versions
 
 
 class Recorder(TorchFunctionMode):
@@ -69,48 +70,48 @@ class Recorder(TorchFunctionMode):
         if kind.plain and self._values.refusal is None:
             began = perf_counter()
             try:
-                call = self._plain(func, kind, args, kwargs)
+                plain = self._plain(func, kind, args, kwargs)
             except Exception as error:
-                call = None
+                plain = None
                 self._failed(kind.name, error)
-            if call is not None:
+            if plain is not None:
                 called = perf_counter()
                 result = func(*args, **kwargs) if kwargs else func(*args)
                 returned = perf_counter()
                 try:
-                    self._made(call, kind, args, result)
+                    self._made(plain, kind, args, result)
                 except Exception as error:
                     self._failed(kind.name, error)
                 self.seconds += perf_counter() - returned + called - began
                 return result
         return self._see(func, kind, args, kwargs or {})
 
-    def _plain(self, func: Any, kind: Kind, args: Any, kwargs: Any) -> Call | None:  # noqa: C901
+    def _plain(self, func: Any, kind: Kind, args: Any, kwargs: Any) -> _Plain | None:  # noqa: C901
         """A call of the usual shape, that only computes something from tensors and numbers; None for any other.
 
         Most calls are of it, and in a training step each finds the processor's caches cold: so it takes one short way.
         """
         values = self._values
         known = values.known
+        items = args if not kwargs else (*args, *kwargs.values())
         touched = False
-        for x in args:
+        for x in items:
             what = type(x)
             if what in _TENSORS:
                 touched = touched or id(x) in known
+            elif what is tuple:
+                for y in x:
+                    if type(y) not in _LITERALS:
+                        return None
             elif what not in _LITERALS or (x is True and kind.inplace):
                 return None
-        if not touched:
+        if not touched or (kwargs and "out" in kwargs):
             return None
-        if kwargs:
-            for x in kwargs.values():
-                if type(x) not in _LITERALS:
-                    return None
-            if "out" in kwargs or kwargs.get("inplace"):
-                return None
         call = values.open(kind.name, func)
         encoded: list[Any] = []
+        given: list[Tensor] = []
         versions: list[int] = []
-        for x in args:
+        for x in items:
             if type(x) not in _TENSORS:
                 encoded.append(x)
                 continue
@@ -119,12 +120,13 @@ class Recorder(TorchFunctionMode):
                 version = x._version
             except RuntimeError:  # of inference mode
                 return None
+            given.append(x)
             versions.append(version)
             if type(leaf) is Slot:
                 at = leaf.at
                 values.used.add(at)
                 if values.changes or values.first.get(at) != version:
-                    values.leaf(x, call)
+                    values.note_parameter(at, x, version, call)
                 call.touches = True
                 call.epoch = call.part
             elif type(leaf) is not Made or leaf.version != version or values.written or values.shared is not None:
@@ -135,31 +137,33 @@ class Recorder(TorchFunctionMode):
                 call.needs.append(source)
                 if source.epoch > call.epoch:
                     call.epoch = source.epoch
-                call.elastic = call.elastic or source.elastic
-                call.shares = call.shares or leaf.shares
+                if source.elastic:
+                    call.elastic = True
+                if leaf.shares:
+                    call.shares = True
                 if not source.grad:
                     values.leaf(x, call)
             encoded.append(leaf)
-        call.args = tuple(encoded)
         if kwargs:
-            call.kwargs = tuple(kwargs.items())
-        call.versions = versions
-        return call
+            count = len(args)
+            call.args = tuple(encoded[:count])
+            call.kwargs = tuple(zip(kwargs, encoded[count:], strict=True))
+        else:
+            call.args = tuple(encoded)
+        return call, given, versions
 
-    def _made(self, call: Call, kind: Kind, args: Any, result: Any) -> None:
+    def _made(self, plain: _Plain, kind: Kind, args: Any, result: Any) -> None:
         """Notes what a plain call made."""
-        values = self._values
-        given = [x for x in args if type(x) in _TENSORS]
-        versions, call.versions = call.versions, ()
+        call, given, versions = plain
         for x, version in zip(given, versions, strict=True):
             if x._version != version:  # its name did not say so
                 self._close(call, kind, args, given, versions, result)
                 return
-        if type(result) is not Tensor or call.shares or id(result) in values.known:
+        if type(result) is not Tensor:
             self._close(call, kind, args, given, versions, result)
             return
         call.count = 1
-        values.register(result, Made(call, 0, version_of(result)))
+        self._values.note_made(result, Made(call, 0, version_of(result)))
 
     def _see(self, func: Any, kind: Kind, args: Any, kwargs: Any) -> Any:  # noqa: C901
         """Runs a call and notes what it was given, made and wrote."""
@@ -355,7 +359,7 @@ class Recorder(TorchFunctionMode):
             for tensor in given[1:]:
                 if not tensor.requires_grad:
                     self._values.evaluated.setdefault(memory_of(tensor), []).append(weakref.ref(call))
-        return call, generator_state(given[0].device) if kind.draws else None
+        return call, generator_state(given[0].device) if kind.draws and may_draw(name, args, kwargs) else None
 
     def _close(self, call: Call, kind: Kind, args: Any, given: list[Tensor], versions: list[int], result: Any) -> None:
         """Notes what a call made and wrote."""

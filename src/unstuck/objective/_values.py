@@ -160,7 +160,7 @@ class Values:
             return self._constant(tensor, call)
         version = version_of(tensor)
         if type(leaf) is Slot:
-            self._note_parameter(leaf.at, tensor, version, call)
+            self.note_parameter(leaf.at, tensor, version, call)
             return leaf
         source = leaf.call
         call.needs.append(source)
@@ -189,7 +189,7 @@ class Values:
         if self.shared is not None and self.shared.changed(tensor):
             call.refusal = NUMPY
 
-    def _note_parameter(self, slot: int, tensor: Tensor, version: int, call: Call) -> None:
+    def note_parameter(self, slot: int, tensor: Tensor, version: int, call: Call) -> None:
         call.touches = True
         call.epoch = call.part
         first = self.first.get(slot)
