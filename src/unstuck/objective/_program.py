@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from unstuck.objective._calls import STATISTICS, updates
+
 
 class TapeError(RuntimeError):
     """The step cannot be replayed; the message says why."""
@@ -160,6 +162,11 @@ def _run(
     if state is not None:
         device = tensors((args, kwargs))[0].device
         torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+    if call.name in STATISTICS and not updates(
+        call.name, args, kwargs
+    ):  # or a later call would write into what it saves
+        args = (args[0], *(x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in args[1:]))
+        kwargs = {k: x.clone() if k.startswith("running_") and x is not None else x for k, x in kwargs.items()}
     try:
         result = _SMOOTH.get(call.name, call.function)(*args, **kwargs)
     except torch.OutOfMemoryError:

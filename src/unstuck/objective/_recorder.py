@@ -233,7 +233,7 @@ class Recorder(TorchFunctionMode):
             self._values.refuse("backward() was called on a tensor that is not a scalar")
         elif self._looked:
             self._values.refuse("a gradient was read or changed between two backward() calls of the step")
-        elif self._values.shared is not None and self._values.shared.any_changed():
+        elif self._values.spoiled(tensor):
             self._values.refuse(NUMPY)
         else:
             self._values.roots.append(call)

@@ -1,12 +1,15 @@
 """Values of a step whose memory NumPy sees too, and may write into behind torch's back."""
 
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from unstuck.objective._graph import COPY_LIMIT, copied, memory_of
+from unstuck.objective._program import tensors
 
 
 class _Seen(NamedTuple):
@@ -51,6 +54,22 @@ class Shared:
     def any_changed(self) -> bool:
         """Whether any memory that is still in use has changed since."""
         return any(map(_differs, self._seen.values()))
+
+
+def saved(root: Tensor) -> Iterator[Tensor]:
+    """The tensors that autograd has saved for the backward pass of `root`."""
+    seen: set[Any] = set()
+    todo = [root.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [following for following, _ in node.next_functions]
+        for name in dir(node):
+            if name.startswith("_saved_"):
+                with contextlib.suppress(RuntimeError):  # freed, or changed so that autograd will say so itself
+                    yield from tensors(getattr(node, name))
 
 
 def _differs(seen: _Seen) -> bool:

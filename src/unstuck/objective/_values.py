@@ -26,9 +26,9 @@ from unstuck.objective._graph import (
     versions_of,
 )
 from unstuck.objective._program import Slot, tensors
-from unstuck.objective._shared import Shared
+from unstuck.objective._shared import Shared, saved
 
-NUMPY = "a value of the step was written into through NumPy"
+NUMPY = "a value of the step was written into through NumPy or .data, unseen by autograd"
 
 
 class Values:
@@ -49,6 +49,7 @@ class Values:
         self.refusal: str | None = None
         self._alive: dict[int, weakref.ref[Tensor]] = {}  # these take dead tensors out of `known`
         self._held: dict[int, list[weakref.ref[Taken]]] = {}  # constants by their memory
+        self._aside: list[weakref.ref[Taken]] = []  # constants that were copied because something may write into them
         self._owners: dict[int, list[int]] = {}  # slots of parameters by their memory
         self._crowded = 16  # how many written memories are looked through for dead ones
         self._count = 0
@@ -123,7 +124,9 @@ class Values:
                 elif taken.viewed:
                     taken.version = LOST
                 else:
-                    set_aside(taken)
+                    _set_aside(taken)
+                    if not kind.statistics:  # which training saves and does not use; evaluation notes who `moved` them
+                        self._aside.append(weakref.ref(taken))
         return touched
 
     def _share(self, tensor: Tensor, key: int) -> Taken | None:
@@ -143,9 +146,25 @@ class Values:
         for tensor in given:
             for ref in self._held.pop(memory_of(tensor), ()):
                 if (taken := ref()) is not None and taken.before is None:
-                    set_aside(taken)
+                    _set_aside(taken)
+                    self._aside.append(ref)
             if id(tensor) in self.known and tensor.layout is torch.strided:
                 self._watch(tensor)
+
+    def spoiled(self, root: Tensor) -> bool:
+        """Whether what backward() is about to use was written into unseen by autograd."""
+        if self.shared is not None and self.shared.any_changed():
+            return True
+        self._aside = [ref for ref in self._aside if ref() is not None]
+        unseen = {
+            memory_of(taken.tensor)
+            for taken in (ref() for ref in self._aside)
+            if taken is not None
+            and taken.before is not None
+            and taken.version == version_of(taken.tensor)
+            and not torch.equal(taken.before, taken.tensor)
+        }
+        return bool(unseen) and any(memory_of(tensor) in unseen for tensor in saved(root))
 
     def _watch(self, tensor: Tensor) -> None:
         """Keeps what the memory of a value of the step holds, since NumPy may write into it."""
@@ -215,7 +234,8 @@ class Values:
         taken = Taken(tensor, version)
         if seen:  # NumPy may write into it without a word: what it holds now is what counts
             taken.shared = True
-            set_aside(taken)
+            _set_aside(taken)
+            self._aside.append(weakref.ref(taken))
         self._held[key] = [*(refs or ()), weakref.ref(taken)]
         return taken
 
@@ -287,7 +307,7 @@ class Values:
         return self._owners.get(key, [])
 
 
-def set_aside(taken: Taken) -> None:
+def _set_aside(taken: Taken) -> None:
     """Copies a constant, before something writes into it."""
     if compact_bytes(taken.tensor) > COPY_LIMIT:
         taken.version = LOST
