@@ -98,7 +98,10 @@ class Recorder(TorchFunctionMode):
         for x in items:
             what = type(x)
             if what in _TENSORS:
-                touched = touched or id(x) in known
+                if id(x) in known:
+                    touched = True
+                elif x.requires_grad or values.written:  # it may have to become known before the call
+                    return None
             elif what is tuple:
                 for y in x:
                     if type(y) not in _LITERALS:
@@ -130,7 +133,6 @@ class Recorder(TorchFunctionMode):
                 call.touches = True
                 call.epoch = call.part
             elif type(leaf) is not Made or leaf.version != version or values.written or values.shared is not None:
-                values.touch((x,))
                 leaf = values.leaf(x, call)
             else:
                 source = leaf.call
@@ -325,6 +327,8 @@ class Recorder(TorchFunctionMode):
         if isinstance(x, slice):
             return Slice(*(self._encode(y, call) for y in (x.start, x.stop, x.step)))
         if isinstance(x, np.generic):
+            if self._values.exposed:
+                call.refusal = "a number that NumPy may have computed from the step goes into a later call"
             return x.item()
         if isinstance(x, np.ndarray) and call.name in ("__getitem__", "__setitem__"):
             copy = torch.from_numpy(x.copy()).clone()

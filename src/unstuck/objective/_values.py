@@ -44,6 +44,7 @@ class Values:
         self.evaluated: dict[int, list[weakref.ref[Call]]] = {}  # calls by the running statistics that they use
         self.apart: dict[int, StorageWeakRef] = {}  # memory that is also seen through .data
         self.shared: Shared | None = None  # values of the step that NumPy sees
+        self.exposed = False  # whether NumPy has got a value of the step
         self.roots: list[Call] = []  # backward() calls
         self.reads: list[Call] = []  # calls that took a number out of the step
         self.refusal: str | None = None
@@ -149,6 +150,7 @@ class Values:
                     _set_aside(taken)
                     self._aside.append(ref)
             if id(tensor) in self.known and tensor.layout is torch.strided:
+                self.exposed = True
                 self._watch(tensor)
 
     def spoiled(self, root: Tensor) -> bool:
