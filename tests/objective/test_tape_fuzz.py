@@ -59,8 +59,8 @@ F.dropout({a}, 0.2, True, True)
 {a}.sub_(w); {a}.scatter_(1, J, {b}); {a}.index_copy_(0, I, {b}); {a}.put_(torch.tensor([1]), {s}.reshape(1))
 {a}[0, 1:3] = {b}[3, :2]
 N[{i}] = {k}; N *= 0.5; {c}.numpy()[{i}] = {k}; {c}.numpy().sum(); {a}.detach().numpy()[{i}] = {k}
-{v}.detach().numpy()[...] = 0.1; {a}.detach().numpy().sum(); {c}.data.mul_({k}); {c}.data[{i}] = {k}; F.relu({c}.data, True)
-V.detach().numpy()[0] *= 0.5; A.mul_(0.5)
+{v}.detach().numpy()[...] = 0.1; {a}.detach().numpy().sum(); {c}.data.mul_({k}); {c}.data[{i}] = {k}
+F.relu({c}.data, True); V.detach().numpy()[0] *= 0.5; A.mul_(0.5)
 """
 SCALARS = """
 {a}.mean(); {a}.sum() / 9; {a}.max(); {a}[1, 2]; {a}.std(); {a}.norm(); ({a} * {b}).sum() / 5; {v}.mean()
@@ -232,7 +232,7 @@ def check(seed, functions=None):
     try:
         tape = recorder.finish(Vault())
     except TapeError as error:
-        assert "could not be recorded" not in str(error) or "A view was created" in str(error), f"{error}\n{text}"
+        assert "could not be recorded" not in str(error) or "view" in str(error), f"{error}\n{text}"
         return "refused"
     for nudge in (0, 0.02, 0.3):
         script = weights(nudge)
