@@ -70,6 +70,15 @@ def evaluates_then_trains(f, x, backward, *, at_once):
         ("NumPy", weight_of_numpy),
         ("NumPy", target_scaled_in_numpy),
         ("NumPy", lambda f, x, backward: (h := f(x), s := h.exp(), overwritten(s.detach().numpy()), backward(s.sum()))),
+        (
+            "NumPy",
+            lambda f, x, backward: (
+                h := f(x),
+                overwritten(h.detach().numpy()),
+                overwritten(h.detach().numpy()),
+                backward(h.square().sum()),
+            ),
+        ),
         ("NumPy", lambda f, x, backward: (h := f(x), F.relu(x.data, True), backward(h.sum()))),
         ("gradient was read", lambda f, x, backward: (backward(f(x).sum()), f.zero_grad(), backward(f(x).exp().sum()))),
         (

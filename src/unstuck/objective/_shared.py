@@ -29,7 +29,14 @@ class Shared:
         return len(self._seen)
 
     def note(self, tensor: Tensor) -> bool:
-        """Keeps the contents of the memory that a tensor lies in; False where that would be too much."""
+        """Keeps the contents of the memory that a tensor lies in; False where that would be too much.
+
+        What is kept already stays: the memory may have been written into since.
+        """
+        seen = self._seen.get(memory_of(tensor))
+        return (seen is not None and not seen.storage.expired()) or self._keep(tensor)
+
+    def _keep(self, tensor: Tensor) -> bool:
         storage = tensor.untyped_storage()
         if storage.nbytes() > COPY_LIMIT:
             return False
@@ -44,7 +51,7 @@ class Shared:
     def renew(self, tensor: Tensor) -> None:
         """Keeps the contents anew, after torch has written into them."""
         if memory_of(tensor) in self._seen:
-            self.note(tensor)
+            self._keep(tensor)
 
     def changed(self, tensor: Tensor) -> bool:
         """Whether the memory that a tensor lies in has changed since."""
