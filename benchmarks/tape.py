@@ -10,6 +10,7 @@ passes of the same step. The first Hessian product builds a graph, which the lat
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -151,13 +152,8 @@ def replaying(loop: Loop, rounds: int) -> dict[str, float]:
     for k in range(rounds):
         timed("plain", lambda k=k: loop.forward(k).backward())
         timed("forward and backward", lambda: slopes(graph=False))
-        gradient: Any = None
-
-        def product() -> Any:
-            return torch.autograd.grad(gradient, leaves, direction, retain_graph=True)
-
         began = time.process_time()
-        gradient = slopes(graph=True)
+        product = functools.partial(torch.autograd.grad, slopes(graph=True), leaves, direction, retain_graph=True)
         product()
         took.setdefault("first product", []).append(time.process_time() - began)
         timed("later products", product)

@@ -117,6 +117,15 @@ def test_what_numpy_and_running_statistics_leave_alone_is_replayed(body):
     assert_same(found, had, rtol=1e-6)
 
 
+def test_a_large_input_that_numpy_may_write_into_is_refused():
+    layer, x = nn.Linear(3, 1), torch.from_numpy(np.ones((3_000_000, 3), np.float32))
+    recorder = Recorder(list(layer.parameters()))
+    with recorder:
+        recorder.root([layer(x).mean()])
+    with pytest.raises(TapeError, match="too large"):
+        recorder.finish(Vault())
+
+
 def test_a_number_that_moves_with_what_was_read_back_is_refused_beside_the_step_before():
     """Computed in Python from a number of the step, it cannot be told from one of the script's own by itself."""
     layer, x = small()

@@ -37,16 +37,16 @@ def compiled(
     index of the call: TapeError where a later call quotes one.
     """
     taken = None if like is None else _matched(like, kept, roots, len(parameters))
-    if like is None or taken is None:
-        _check_quotes(kept, numbers, like)
-        program, taken = _numbered(kept, roots, len(parameters))
-        if like == program:
-            program = like  # it holds views of constants, which are only compared so
-    else:
-        program = like
+    if like is not None and taken is not None:
         if any(x in like.floats for _, x in numbers):
             _check_quotes(kept, numbers, like)
-    return program, _copies(taken, parameters, vault)
+        return like, _copies(taken, parameters, vault)
+    _check_quotes(kept, numbers, like)
+    program, taken = _numbered(kept, roots, len(parameters))
+    copies = _copies(taken, parameters, vault)
+    if like is not None and like == program:  # it holds views of constants, which are only compared so
+        return like, copies
+    return program, copies
 
 
 def _check_quotes(kept: Sequence[Call], numbers: Sequence[tuple[int, float]], like: Program | None) -> None:
@@ -127,7 +127,7 @@ _NESTED = (tuple, list, Slice)
 
 
 def _slot(x: Made | Slot) -> int:
-    return x.at if type(x) is Slot else x.call.first + x.at
+    return x.at if isinstance(x, Slot) else x.call.first + x.at
 
 
 def _place(x: Taken, taken: list[Taken], places: dict[tuple[int, int], int]) -> int:
@@ -183,6 +183,8 @@ def _copies(taken: Sequence[Taken], parameters: Sequence[Tensor], vault: Vault) 
 def _kept(taken: Taken, vault: Vault) -> Copy:
     if taken.before is not None:
         return (vault.same(taken.tensor, taken.before) if taken.shared else taken.before), None
+    if taken.shared:
+        raise TapeError("an input of the step shares its memory with NumPy and is too large to be copied")
     if version_of(taken.tensor) != taken.version:
         raise TapeError("an input of the step was overwritten in place before the step ended")
     if shared(taken.tensor):

@@ -6,7 +6,7 @@ live tensors, reads and roots point to calls, so that an evaluation of a thousan
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +67,7 @@ class Call:
     moved = 0  # the call that then changed the statistics that this one evaluates with
     refusal: str | None = None
 
-    def __init__(self, index: int, function: Callable[..., Any] | None, name: str, part: int) -> None:
+    def __init__(self, index: int, function: Any, name: str, part: int) -> None:
         self.index = index
         self.function = function
         self.name = name

@@ -180,7 +180,7 @@ class Values:
         if leaf is None:
             return self._constant(tensor, call)
         version = version_of(tensor)
-        if type(leaf) is Slot:
+        if isinstance(leaf, Slot):
             self.note_parameter(leaf.at, tensor, version, call)
             return leaf
         source = leaf.call
@@ -230,8 +230,9 @@ class Values:
         if refs is not None:
             refs = [ref for ref in refs if ref() is not None]
             for taken in (ref() for ref in refs):
-                same = taken is not None and taken.tensor is tensor and taken.version == version
-                if same and (taken.before is None or torch.equal(taken.before, tensor)):
+                if taken is None or taken.tensor is not tensor or taken.version != version:
+                    continue
+                if taken.before is None or torch.equal(taken.before, tensor):
                     return taken
         taken = Taken(tensor, version)
         if seen:  # NumPy may write into it without a word: what it holds now is what counts
