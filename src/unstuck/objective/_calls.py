@@ -1,7 +1,8 @@
 """What the recorder knows of torch's calls by their names: which only look, which write, draw, read back or cut."""
 
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,13 +37,75 @@ CUTS = frozenset("detach detach_ data numpy __array__ tolist item".split())
 STATISTICS = frozenset(  # write into arguments other than the first, and the versions do not tell
     "batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit".split()
 )
+_RECURRENT = frozenset("gru lstm rnn_tanh rnn_relu".split())
 _ELASTIC = frozenset(  # the shape of the result depends on the numbers in the arguments
     "nonzero argwhere masked_select unique unique_consecutive repeat_interleave bincount one_hot tensor_split "
     "_pack_padded_sequence _pad_packed_sequence arange unique_dim _unique2".split()
 )
 
 
-def label(func: Any) -> tuple[str, str]:
+_IN_PLACE = frozenset(f"__i{operator}__" for operator in "add sub mul truediv floordiv mod pow and or xor".split())
+_EXPOSES = frozenset("numpy __array__ __dlpack__".split())  # hand out memory that others may write into unseen
+
+
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)  # noqa: SLF001
+
+
+class Kind:
+    """What is known of a function before its arguments are."""
+
+    __slots__ = (
+        "backward",
+        "cuts",
+        "draws",
+        "elastic",
+        "exposes",
+        "gradient",
+        "inplace",
+        "looks",
+        "name",
+        "plain",
+        "shape",
+        "statistics",
+        "writes",
+    )
+
+    def __init__(self, func: Any) -> None:
+        name, attribute = _label(func)
+        self.looks = attribute in PROPERTIES or name in METADATA
+        self.gradient = attribute == "grad"
+        if attribute:
+            name = f"set_{attribute}_" if name == "__set__" else attribute
+        self.name = name
+        self.backward = name == "backward"
+        self.shape = name in SHAPES
+        self.statistics = name in STATISTICS
+        self.cuts = name in CUTS
+        self.exposes = name in _EXPOSES
+        self.elastic = name in _ELASTIC or name in ("__getitem__", "where")
+        self.draws = name in RANDOM or isinstance(func, (OpOverload, OpOverloadPacket))  # of others nothing is known
+        code = getattr(func, "__code__", None)
+        self.inplace = code is not None and "inplace" in code.co_varnames[: code.co_argcount]
+        dunder = name.startswith("__")
+        self.writes = name == "__setitem__" or name in _IN_PLACE if dunder else name.endswith("_")
+        special = self.looks or self.backward or self.statistics or self.cuts or self.exposes or self.elastic
+        self.plain = not (special or self.draws or self.writes or name in ("grad", "register_hook"))
+
+    def writes_now(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a call writes into an argument, by its name and its arguments."""
+        if self.writes:
+            return True
+        if self.statistics:
+            return updates(self.name, args, kwargs)
+        if kwargs and ("out" in kwargs or kwargs.get("inplace")):
+            return True
+        return self.inplace and any(x is True for x in args)
+
+
+kind_of = functools.lru_cache(2048)(Kind)  # torch's functions; those of a script may come and go
+
+
+def _label(func: Any) -> tuple[str, str]:
     """The name of a call, and of the attribute where it gets or sets one."""
     name = getattr(func, "__name__", "")
     if name in ("__get__", "__set__", "__delete__"):
@@ -50,16 +113,20 @@ def label(func: Any) -> tuple[str, str]:
     return name.partition(".")[0] if type(func) is OpOverload else name, ""
 
 
-def writes(name: str, kwargs: Mapping[str, Any]) -> bool:
-    """Whether the name says that the call writes into an argument."""
-    if name.startswith("__"):
-        return name == "__setitem__"
-    return name.endswith("_") or name in STATISTICS or "out" in kwargs or bool(kwargs.get("inplace"))
+def updates(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a normalisation updates its running statistics: its sixth argument says so in all of torch's variants."""
+    if len(args) > 5:
+        return bool(args[5])
+    return bool(kwargs.get("training", kwargs.get("use_input_stats", kwargs.get("train", name == "instance_norm"))))
 
 
-def may_draw(func: Any, name: str) -> bool:
-    """Whether a call may draw from the global generator; of operators outside torch nothing is known."""
-    return name in RANDOM or isinstance(func, (OpOverload, OpOverloadPacket))
+def may_draw(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of a kind that draws does so: attention and recurrent networks do with a share to drop only."""
+    if name == "scaled_dot_product_attention":
+        return bool(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
+    if name in _RECURRENT:
+        return bool(kwargs) or any(isinstance(x, float) and x for x in args)  # the share is their only float
+    return True
 
 
 def elastic(name: str, args: tuple[Any, ...]) -> bool:
@@ -79,6 +146,8 @@ def is_flag(result: Any) -> bool:
 
 def autocast() -> tuple[str, torch.dtype, bool] | None:
     """The device, type and caching of the automatic casts that are on."""
+    if not _any_autocast():
+        return None
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
             return device, torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()

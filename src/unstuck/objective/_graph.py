@@ -1,4 +1,4 @@
-"""The recorded calls as a graph that forgets what nobody can use any more, and its compilation into a tape.
+"""The recorded calls as a graph that forgets what nobody can use any more.
 
 A call points to the calls that it needs: those that made its arguments and those that wrote into their memory. Only
 live tensors, reads and roots point to calls, so that an evaluation of a thousand batches inside a step leaves nothing.
@@ -6,61 +6,76 @@ live tensors, reads and roots point to calls, so that an evaluation of a thousan
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from unstuck.objective._calls import SHAPES
-from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, leaves, map_leaves
+from unstuck.objective._calls import SHAPES, autocast
+from unstuck.objective._program import TapeError
 
 COPY_LIMIT = 32 << 20  # bytes; a larger constant is kept by reference and its version watched
 LOST = -2  # the version of a constant whose contents are gone; inference tensors, which have none, show -1
 
 
-@dataclass(eq=False, slots=True)
 class Taken:
     """A constant as it was when a call took it."""
 
-    tensor: Tensor
-    version: int
-    before: Tensor | None = None  # its contents then, where something wrote into it later
-    overwritten: bool = False  # whether a call of the step writes into it
-    viewed: bool = False  # whether a recorded call returned a view of it
-    base: "Taken | None" = None  # the copy of its memory, where views of it are written into
-    __weakref__: Any = field(init=False, repr=False)
+    __slots__ = ("__weakref__", "base", "before", "overwritten", "shared", "tensor", "version", "viewed")
+
+    def __init__(
+        self, tensor: Tensor, version: int, before: Tensor | None = None, *, overwritten: bool = False
+    ) -> None:
+        self.tensor = tensor
+        self.version = version
+        self.before = before  # its contents then, where something wrote into it later or may do so unseen
+        self.overwritten = overwritten  # whether a call of the step writes into it
+        self.shared = False  # whether NumPy sees its memory
+        self.viewed = False  # whether a recorded call returned a view of it
+        self.base: Taken | None = None  # the copy of its memory, where views of it are written into
 
 
-class Made(NamedTuple):
-    """Tensor number `at` of those that a call returned."""
+class Made:
+    """Tensor number `at` of those that a call returned, at the version that it had then."""
 
-    call: "Call"
-    at: int
+    __slots__ = ("at", "call", "shares", "version")
+
+    def __init__(self, call: "Call", at: int, version: int) -> None:
+        self.call = call
+        self.at = at
+        self.version = version
+        self.shares = False  # whether its memory is a constant's
 
 
-@dataclass(eq=False, slots=True)
 class Call:
     """One recorded call; tensors in its arguments stand as Slot (a parameter), Made or Taken."""
 
-    index: int
-    function: Callable[..., Any]
-    name: str
-    grad: bool
-    autocast: tuple[str, torch.dtype, bool] | None
-    part: int  # how many backward() calls came before
-    epoch: int = 0  # the newest part that its arguments come from
     args: tuple[Any, ...] = ()
     kwargs: tuple[tuple[str, Any], ...] = ()
-    needs: list["Call"] = field(default_factory=list)
-    parameters: list[tuple[int, int, int]] = field(default_factory=list)  # slot, version, writes seen until then
-    elastic: bool = False  # whether numbers that depend on the parameters decide the shape of the results
+    grad = True
+    epoch = 0  # the newest part that its arguments come from
+    touches = False  # whether it takes a parameter
+    changes: Sequence[tuple[int, int, int]] = ()  # slot, version, writes into it; where they are not as at first
+    elastic = False  # whether numbers that depend on the parameters decide the shape of the results
+    shares = False  # whether it takes memory of constants, which its results may then be views of
     state: Tensor | None = None  # of the generator, where it draws
-    versions: tuple[int, ...] = ()  # of the tensors it returned
+    count = 0  # of the tensors that it returned
+    first = 0  # the slot of the first of them
     expects: Any = None
+    moved = 0  # the call that then changed the statistics that this one evaluates with
     refusal: str | None = None
+
+    def __init__(self, index: int, function: Any, name: str, part: int) -> None:
+        self.index = index
+        self.function = function
+        self.name = name
+        self.part = part  # how many backward() calls came before
+        self.autocast = autocast()
+        self.needs: list[Call] = []
+        if not torch.is_grad_enabled():
+            self.grad = False
 
 
 class Written(NamedTuple):
@@ -82,17 +97,26 @@ class Vault:
     def copy(self, tensor: Tensor) -> tuple[Tensor, int | None]:
         """A copy that nobody writes into; a large tensor itself, with the version to watch."""
         version = version_of(tensor)
-        if compact_bytes(tensor) > COPY_LIMIT and version >= 0:
+        if version >= 0 and compact_bytes(tensor) > COPY_LIMIT:
             return tensor.detach(), version
-        key = id(tensor)
-        known = self._copies.get(key)
+        known = self._copies.get(id(tensor))
         if known is not None and known[0] == version:
             return known[1], None
-        if known is None:  # a dead tensor takes its copy along, before its id can be given to another
+        return self._keep(tensor, version, copied(tensor)), None
+
+    def same(self, tensor: Tensor, contents: Tensor) -> Tensor:
+        """A copy with these contents that was made of the tensor before, or the contents themselves."""
+        known = self._copies.get(id(tensor))
+        if known is not None and known[1].shape == contents.shape and torch.equal(known[1], contents):
+            return known[1]
+        return self._keep(tensor, version_of(tensor), contents)
+
+    def _keep(self, tensor: Tensor, version: int, kept: Tensor) -> Tensor:
+        key = id(tensor)
+        if key not in self._copies:  # a dead tensor takes its copy along, before its id can be given to another
             self._sources[key] = weakref.ref(tensor, functools.partial(_forget, weakref.ref(self), key))
-        kept = copied(tensor)
         self._copies[key] = (version, kept)
-        return kept, None
+        return kept
 
     def forget(self, key: int) -> None:
         del self._copies[key], self._sources[key]
@@ -107,6 +131,11 @@ def _forget(vault: weakref.ref[Vault], key: int, _: object) -> None:
 def memory_of(tensor: Tensor) -> int:
     """Where the memory that a tensor lies in begins, the same for tensors that share it through numpy; 0 for none."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+
+
+def shared(tensor: Tensor) -> bool:
+    """Whether NumPy may see the memory of a tensor: torch then no longer lets it be resized."""
+    return tensor.layout is torch.strided and not tensor.untyped_storage().resizable()
 
 
 def version_of(tensor: Tensor) -> int:
@@ -131,15 +160,22 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def compact_bytes(tensor: Tensor) -> int:
     """The memory of a copy."""
-    compact = _compact(tensor.detach())
-    return compact.numel() * compact.element_size()
+    return (
+        _compact(tensor.detach()).nbytes if tensor.layout is torch.strided else tensor.numel() * tensor.element_size()
+    )
 
 
 def copied(tensor: Tensor) -> Tensor:
     """A copy of the same shape and strides, expanded where the original is."""
+    if not torch.is_inference_mode_enabled():
+        return _copied(tensor)
     with torch.inference_mode(mode=False):
-        compact = _compact(tensor.detach())
-        return compact.clone() if compact.shape == tensor.shape else compact.clone().expand(tensor.shape)
+        return _copied(tensor)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    compact = _compact(tensor.detach())
+    return compact.clone() if compact.shape == tensor.shape else compact.clone().expand(tensor.shape)
 
 
 def ancestors(calls: Iterable[Call]) -> set[Call]:
@@ -172,99 +208,3 @@ def steering(reads: Sequence[Call], roots: Sequence[Call], kept: set[Call]) -> s
             raise TapeError(f"the forward pass reads a number back ({read.name}()), which may steer what follows")
         kept = kept | ancestors([read])
     return kept
-
-
-def quoted(numbers: Iterable[float], kept: Iterable[Call]) -> float | None:
-    """A number that the script read back and gave to a later call."""
-    read = {x for x in numbers if not x.is_integer()}
-    if read:
-        for call in kept:
-            for leaf in leaves((call.args, tuple(v for _, v in call.kwargs))):
-                if isinstance(leaf, float) and leaf in read:
-                    return leaf
-    return None
-
-
-def compile_tape(
-    kept: Sequence[Call], roots: Sequence[Call], losses: Sequence[Tensor], parameters: Sequence[Tensor], vault: Vault
-) -> Tape:
-    """The tape of the calls `kept`, in their order, with the constants copied."""
-    leaves_count = len(parameters)
-    made: dict[tuple[int, int], int] = {}
-    constants: dict[tuple[int, int], int] = {}
-    taken: list[Taken] = []
-    views: dict[int, Slot] = {}
-    calls: list[Instruction] = []
-
-    def number(x: Any) -> Any:
-        if type(x) is Made:
-            return Slot(made[x.call.index, x.at])
-        if type(x) is Taken and x.base is not None:
-            return views[id(x)] if id(x) in views else view(x)
-        if type(x) is Taken:
-            key = (id(x.tensor), x.version) if x.before is None else (id(x.before), 0)
-            if key not in constants:
-                constants[key] = len(taken)
-                taken.append(x)
-            return Constant(constants[key])
-        return x
-
-    def slot() -> int:
-        return leaves_count + len(made)
-
-    def view(x: Taken) -> Slot:
-        args = (number(x.base), tuple(x.tensor.shape), x.tensor.stride(), x.tensor.storage_offset())
-        views[id(x)] = Slot(slot())
-        made[-id(x), 0] = slot()
-        calls.append(Instruction(torch.as_strided, "as_strided", args, (), (views[id(x)].at,)))
-        return views[id(x)]
-
-    def instruction(call: Call) -> Instruction:
-        args, kwargs = map_leaves(number, call.args), map_leaves(number, call.kwargs)
-        outputs = tuple(range(slot(), slot() + len(call.versions)))
-        made.update({(call.index, k): slot for k, slot in enumerate(outputs)})
-        drawn = call.state is not None
-        return Instruction(
-            call.function, call.name, args, kwargs, outputs, drawn, call.grad, call.autocast, call.part, call.expects
-        )
-
-    for call in kept:
-        calls.append(instruction(call))
-    ends = tuple(number(root.args[0]).at for root in roots)
-    copies = _copies(taken, parameters, vault)
-    overwritten = frozenset(k for k, x in enumerate(taken) if x.overwritten)
-    size = leaves_count + len(made)
-    return Tape(
-        program=Program(tuple(calls), leaves_count, size, ends, overwritten, _released(calls, ends, leaves_count)),
-        constants=tuple(tensor for tensor, _ in copies),
-        versions=tuple(version for _, version in copies),
-        states=tuple(call.state for call in kept if call.state is not None),
-        loss=float(sum(losses)),
-        step=0,
-    )
-
-
-def _copies(taken: Sequence[Taken], parameters: Sequence[Tensor], vault: Vault) -> list[tuple[Tensor, int | None]]:
-    stored = {id(p.grad) for p in parameters if p.grad is not None}
-    if any(id(x.tensor) in stored for x in taken):
-        raise TapeError("the loss uses the stored gradient of a parameter")
-    return [_kept(x, vault) for x in taken]
-
-
-def _kept(taken: Taken, vault: Vault) -> tuple[Tensor, int | None]:
-    if taken.before is not None:
-        return taken.before, None
-    if version_of(taken.tensor) != taken.version:
-        raise TapeError("an input of the step was overwritten in place before the step ended")
-    return vault.copy(taken.tensor)
-
-
-def _released(calls: Sequence[Instruction], roots: Sequence[int], parameters: int) -> tuple[tuple[int, ...], ...]:
-    last: dict[int, int] = {}
-    for k, call in enumerate(calls):
-        last.update(dict.fromkeys((*call.slots(), *call.made()), k))
-    released: list[list[int]] = [[] for _ in calls]
-    for slot, k in last.items():
-        if slot >= parameters and slot not in roots:
-            released[k].append(slot)
-    return tuple(tuple(slots) for slots in released)

@@ -1,6 +1,7 @@
 """A recorded step as data: instructions with slots, and the tape that runs them again with other parameters."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from unstuck.objective._calls import STATISTICS, updates
 
 
 class TapeError(RuntimeError):
@@ -34,7 +37,7 @@ class Slice(NamedTuple):
     step: Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instruction:
     """A call with its arguments; `Slot` and `Constant` stand where tensors stood."""
 
@@ -48,6 +51,18 @@ class Instruction:
     autocast: tuple[str, torch.dtype, bool] | None = None  # device, type, whether casts are cached
     part: int = 0  # how many backward() calls came before
     expects: Any = None  # what it returned, where the script read a flag, a count or a shape that may steer it
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Instruction):
+            return NotImplemented
+        return self.function == other.function and same_literal(self._rest(), other._rest())
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.outputs))
+
+    def _rest(self) -> tuple[Any, ...]:
+        settings = (self.outputs, self.random, self.grad, self.autocast, self.part, self.expects)
+        return (self.name, self.args, self.kwargs, *settings)
 
     def slots(self) -> Iterator[int]:
         """The slots it reads."""
@@ -74,6 +89,12 @@ class Program:
     def reads(self) -> set[int]:
         """The parameters that take part."""
         return {slot for call in self.instructions for slot in call.slots() if slot < self.parameters}
+
+    @functools.cached_property
+    def floats(self) -> frozenset[float]:
+        """The numbers with a point that its instructions take."""
+        found = leaves(tuple((call.args, call.kwargs) for call in self.instructions))
+        return frozenset(x for x in found if type(x) is float)
 
 
 Observer = Callable[[Instruction, tuple[Any, ...], Any], None]
@@ -141,6 +162,11 @@ def _run(
     if state is not None:
         device = tensors((args, kwargs))[0].device
         torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+    if call.name in STATISTICS and not updates(
+        call.name, args, kwargs
+    ):  # or a later call would write into what it saves
+        args = (args[0], *(x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in args[1:]))
+        kwargs = {k: x.clone() if k.startswith("running_") and x is not None else x for k, x in kwargs.items()}
     try:
         result = _SMOOTH.get(call.name, call.function)(*args, **kwargs)
     except torch.OutOfMemoryError:
@@ -258,6 +284,18 @@ def leaves(x: Any) -> Iterator[Any]:
             yield from leaves(y)
     else:
         yield x
+
+
+def same_literal(a: Any, b: Any) -> bool:
+    """Whether two encoded values are the same: 1, 1.0 and True are not, nor are 0.0 and -0.0, but two NaN are."""
+    kind = type(a)
+    if kind is not type(b):
+        return False
+    if kind in (tuple, list, Slice, torch.Size):
+        return len(a) == len(b) and all(map(same_literal, a, b))
+    if kind is float or kind is complex:
+        return a == b if a and a == a else repr(a) == repr(b)
+    return bool(a == b)
 
 
 def map_leaves(f: Callable[[Any], Any], x: Any) -> Any:

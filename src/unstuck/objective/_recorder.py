@@ -9,127 +9,209 @@ Whatever autograd sees and the recorder did not (a custom autograd function, a c
 `grad_fn` that no call made. Such a tape is refused with a reason. Nothing is ever raised into the script.
 """
 
-import functools
 import weakref
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from unstuck.objective._calls import (
-    CUTS,
-    METADATA,
-    PROPERTIES,
-    SHAPES,
-    STATISTICS,
-    autocast,
-    caller,
-    elastic,
-    is_flag,
-    label,
-    may_draw,
-    unseen,
-    writes,
-)
-from unstuck.objective._graph import (
-    COPY_LIMIT,
-    LOST,
-    Call,
-    Made,
-    Taken,
-    Vault,
-    Written,
-    ancestors,
-    compact_bytes,
-    compile_tape,
-    copied,
-    memory_of,
-    quoted,
-    steering,
-    version_of,
-    versions_of,
-)
-from unstuck.objective._program import Program, Slice, Slot, Tape, TapeError, generator_state, tensors
+from unstuck.objective._calls import SHAPES, Kind, caller, elastic, is_flag, kind_of, may_draw, updates
+from unstuck.objective._compile import compiled
+from unstuck.objective._graph import Call, Made, Taken, Vault, ancestors, memory_of, steering, version_of, versions_of
+from unstuck.objective._program import Program, Slice, Slot, Tape, TapeError, generator_state, leaves, tensors
+from unstuck.objective._values import NUMPY, Values
 
 _PLAIN = (bool, int, float, complex, str, range, type(None), type(...), torch.dtype, torch.device, torch.layout)
 _LITERALS = frozenset((*_PLAIN, torch.memory_format))
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_is_compiling = torch.compiler.is_compiling
+_Plain = tuple[Call, list[Tensor], list[int]]  # with the tensors that it takes, and their versions
 
 
 class Recorder(TorchFunctionMode):
     """Enter it after an optimiser step, leave it before the next, tell it the `root` of backward, then `finish`.
 
     `leaves` are the parameters in the order of their slots. Parameters that no optimiser owns are appended when a call
-    uses them. `cuts` lists the calls that took a value out of the graph, with their source lines.
+    uses them. `used` are the slots of those that some call took. `cuts` lists the calls that took a value out of the
+    graph, the first of them with their source lines. `seconds` were spent in here beside the calls themselves.
     """
 
     def __init__(self, leaves: list[Tensor]) -> None:
         super().__init__()
         self.leaves = leaves
         self.cuts: list[tuple[str, str]] = []
-        self.used: set[int] = set()  # slots of the parameters that some call took
         self.calls = 0
-        self.seconds = 0.0  # spent in here beside the calls themselves
-        self._outside = 0.0  # what the calls themselves took
-        self._known: dict[int, Slot | Made] = {id(p): Slot(k) for k, p in enumerate(leaves)}  # live tensors by id
-        self._alive: dict[int, weakref.ref[Tensor]] = {}  # these take dead tensors out of `_known`
-        self._held: dict[int, list[weakref.ref[Taken]]] = {}  # constants by their memory
-        self._written: dict[int, Written] = {}  # memory that calls wrote into
-        self._crowded = 16  # how many written memories are looked through for dead ones
-        self._changes: Counter[int] = Counter()  # writes into parameters, by slot
-        self._owners: dict[int, list[int]] = {}  # slots of parameters by their memory
-        self._reads: list[Call] = []
-        self._numbers: list[float] = []  # what was read back
-        self._roots: list[Call] = []
+        self.seconds = 0.0
+        self._values = Values(leaves)
+        self.used = self._values.used
+        self._numbers: list[tuple[int, float]] = []  # what was read back, after how many calls
         self._losses: list[Tensor] = []
-        self._count = 0
         self._elastic = False  # whether there are shapes that depend on the parameters
-        self._apart: dict[int, StorageWeakRef] = {}  # memory that is also seen through .data
-        self._refusal: str | None = None
+        self._looked = False  # whether a gradient was looked at or set after a backward()
         self._off = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._off or torch.compiler.is_compiling():  # the compiler looks into function modes
+        if self._off or _is_compiling():  # the compiler looks into function modes
             return func(*args, **(kwargs or {}))
-        began, self._outside, self.calls = perf_counter(), 0.0, self.calls + 1
-        result = self._see(func, args, kwargs or {})
-        self.seconds += perf_counter() - began - self._outside
-        return result
-
-    def _see(self, func: Any, args: Any, kwargs: Any) -> Any:
-        name, attribute = label(func)
-        if attribute in PROPERTIES or name in METADATA:
-            if self._elastic and (attribute or name) in SHAPES:
-                return self._look(func, attribute or name, args, kwargs)
-            return self._call(func, args, kwargs)
-        if name == "backward":
-            return self._backward(func, args, kwargs)
-        given = tensors((*args, kwargs) if kwargs else args)
-        if not given:
-            return self._call(func, args, kwargs)
+        self.calls += 1
         try:
-            touched = self._touched(given)
-            if attribute:
-                name = f"set_{attribute}_" if name == "__set__" else attribute
-            if writes(name, kwargs):
-                touched = self._preserve(name, args, given, touched=touched)
-        except Exception as error:
-            touched = self._failed(name, error)
-        if not touched or self._refusal is not None:
-            return self._call(func, args, kwargs)
-        return self._record(func, name, args, kwargs, given)
+            kind = kind_of(func)
+        except TypeError:  # cannot be hashed
+            kind = Kind(func)
+        if kind.looks and not (kind.shape and self._elastic):
+            if kind.gradient and self._values.roots:
+                self._looked = self._looked or self._has_gradient(args)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        if kind.plain and self._values.refusal is None:
+            began = perf_counter()
+            try:
+                plain = self._plain(func, kind, args, kwargs)
+            except Exception as error:
+                plain = None
+                self._failed(kind.name, error)
+            if plain is not None:
+                called = perf_counter()
+                result = func(*args, **kwargs) if kwargs else func(*args)
+                returned = perf_counter()
+                try:
+                    self._made(plain, kind, args, result)
+                except Exception as error:
+                    self._failed(kind.name, error)
+                self.seconds += perf_counter() - returned + called - began
+                return result
+        return self._see(func, kind, args, kwargs or {})
 
-    def _call(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _plain(self, func: Any, kind: Kind, args: Any, kwargs: Any) -> _Plain | None:  # noqa: C901
+        """A call of the usual shape, that only computes something from tensors and numbers; None for any other.
+
+        Most calls are of it, and in a training step each finds the processor's caches cold: so it takes one short way.
+        """
+        values = self._values
+        known = values.known
+        items = args if not kwargs else (*args, *kwargs.values())
+        touched = False
+        for x in items:
+            what = type(x)
+            if what in _TENSORS:
+                if id(x) in known:
+                    touched = True
+                elif x.requires_grad or values.written:  # it may have to become known before the call
+                    return None
+            elif what is tuple:
+                for y in x:
+                    if type(y) not in _LITERALS:
+                        return None
+            elif what not in _LITERALS or (x is True and kind.inplace):
+                return None
+        if not touched or (kwargs and "out" in kwargs):
+            return None
+        call = values.open(kind.name, func)
+        encoded: list[Any] = []
+        given: list[Tensor] = []
+        versions: list[int] = []
+        for x in items:
+            if type(x) not in _TENSORS:
+                encoded.append(x)
+                continue
+            leaf = known.get(id(x))
+            try:
+                version = x._version
+            except RuntimeError:  # of inference mode
+                return None
+            given.append(x)
+            versions.append(version)
+            if type(leaf) is Slot:
+                at = leaf.at
+                values.used.add(at)
+                if values.changes or values.first.get(at) != version:
+                    values.note_parameter(at, x, version, call)
+                call.touches = True
+                call.epoch = call.part
+            elif type(leaf) is not Made or leaf.version != version or values.written or values.shared is not None:
+                leaf = values.leaf(x, call)
+            else:
+                source = leaf.call
+                call.needs.append(source)
+                if source.epoch > call.epoch:
+                    call.epoch = source.epoch
+                if source.elastic:
+                    call.elastic = True
+                if leaf.shares:
+                    call.shares = True
+                if not source.grad:
+                    values.leaf(x, call)
+            encoded.append(leaf)
+        if kwargs:
+            count = len(args)
+            call.args = tuple(encoded[:count])
+            call.kwargs = tuple(zip(kwargs, encoded[count:], strict=True))
+        else:
+            call.args = tuple(encoded)
+        return call, given, versions
+
+    def _made(self, plain: _Plain, kind: Kind, args: Any, result: Any) -> None:
+        """Notes what a plain call made."""
+        call, given, versions = plain
+        for x, version in zip(given, versions, strict=True):
+            if x._version != version:  # its name did not say so
+                self._close(call, kind, args, given, versions, result)
+                return
+        if type(result) is not Tensor:
+            self._close(call, kind, args, given, versions, result)
+            return
+        call.count = 1
+        self._values.note_made(result, Made(call, 0, version_of(result)))
+
+    def _see(self, func: Any, kind: Kind, args: Any, kwargs: Any) -> Any:  # noqa: C901
+        """Runs a call and notes what it was given, made and wrote."""
+        values = self._values
         began = perf_counter()
-        result = func(*args, **kwargs)
-        self._outside += perf_counter() - began  # not our time
+        call: Call | None = None
+        state: Tensor | None = None
+        given: list[Tensor] = []
+        versions: list[int] = []
+        if values.refusal is None:
+            try:
+                if kind.backward:
+                    self._check_backward(args, kwargs)
+                elif given := _given(args, kwargs):
+                    touched = values.touch(given)
+                    if kind.looks:
+                        touched = self._shaped(args[0])
+                    elif kind.exposes:
+                        values.expose(given)
+                    elif kind.writes_now(args, kwargs):
+                        touched = values.preserve(kind, args, given, touched=touched)
+                    if touched:
+                        call, state = self._opened(func, kind, args, kwargs, given)
+                    versions = versions_of(given)
+            except Exception as error:
+                self._failed(kind.name, error)
+        elif not kind.backward:
+            self._note_used(args, kwargs)
+        self._off = kind.backward  # hooks and recomputation inside backward are not part of the forward
+        called = perf_counter()
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._off = False
+            returned = perf_counter()
+        if given and values.refusal is None:
+            try:
+                if call is not None:
+                    if state is not None and not torch.equal(state, generator_state(given[0].device)):
+                        call.state = state
+                    self._close(call, kind, args, given, versions, result)
+                elif not kind.writes and versions != versions_of(given):
+                    values.surprise(given, versions)
+            except Exception as error:
+                self._failed(kind.name, error)
+        self.seconds += perf_counter() - returned + called - began
         return result
 
     def root(self, roots: Sequence[Tensor]) -> None:
@@ -137,7 +219,7 @@ class Recorder(TorchFunctionMode):
         self._off = True  # what we ask of the roots is no part of the step
         try:
             for tensor in roots:
-                if self._refusal is None:
+                if self._values.refusal is None:
                     self._note_root(tensor)
         except Exception as error:
             self._failed("backward", error)
@@ -145,176 +227,111 @@ class Recorder(TorchFunctionMode):
             self._off = False
 
     def _note_root(self, tensor: Tensor) -> None:
-        call = self._open("backward", None)
-        call.args = (self._leaf(tensor, call),)
+        call = self._values.open("backward", None)
+        call.args = (self._values.leaf(tensor, call),)
         if type(call.args[0]) is Taken:
-            self._refuse(call.refusal or "backward() was called on a tensor that no recorded call made")
+            self._values.refuse(call.refusal or "backward() was called on a tensor that no recorded call made")
         elif tensor.numel() != 1:
-            self._refuse("backward() was called on a tensor that is not a scalar")
+            self._values.refuse("backward() was called on a tensor that is not a scalar")
+        elif self._looked:
+            self._values.refuse("a gradient was read or changed between two backward() calls of the step")
+        elif self._values.spoiled(tensor):
+            self._values.refuse(NUMPY)
         else:
-            self._roots.append(call)
-            self._losses.append(tensor.detach().clone().reshape(()))
+            self._values.roots.append(call)
+            loss = tensor.detach().clone()
+            self._losses.append(loss.reshape(()) if loss.ndim else loss)
 
     def finish(self, vault: Vault, *, step: int = 0, like: Program | None = None) -> Tape:
         """The compiled tape; TapeError says why there is none. `like` is a program to share where it is the same."""
-        if self._refusal is not None:
-            raise TapeError(self._refusal)
-        if not self._roots:
+        values, roots = self._values, self._values.roots
+        if values.refusal is not None:
+            raise TapeError(values.refusal)
+        if not roots:
             raise TapeError("no backward() was seen in the step")
-        kept = steering(self._reads, self._roots, ancestors(self._roots))
-        calls = sorted(kept - set(self._roots), key=lambda call: call.index)
-        for call in (*calls, *self._roots):
-            self._check(call)
-        number = quoted(self._numbers, calls)
-        if number is not None:
-            raise TapeError(f"a number that was read back ({number:.6g}) goes into a later call")
-        tape = compile_tape(calls, self._roots, self._losses, self.leaves, vault)
-        return replace(tape, step=step, program=like if like is not None and like == tape.program else tape.program)
+        kept = ancestors(roots)
+        if values.reads:
+            kept = steering(values.reads, roots, kept)
+        kept.difference_update(roots)
+        calls = sorted(kept, key=_index)
+        self._check((*calls, *roots))
+        program, copies = compiled(calls, roots, self.leaves, vault, like=like, numbers=self._numbers)
+        return Tape(
+            program=program,
+            constants=tuple([tensor for tensor, _ in copies]),
+            versions=tuple([version for _, version in copies]),
+            states=tuple([call.state for call in calls if call.state is not None]),
+            loss=float(sum(self._losses)),
+            step=step,
+        )
 
-    def _check(self, call: Call) -> None:
-        if call.refusal is not None:
-            raise TapeError(call.refusal)
-        if call.name == "grad":
-            raise TapeError("the loss contains a derivative (torch.autograd.grad)")
-        for slot, version, changes in call.parameters:
-            if (version, changes) != (version_of(self.leaves[slot]), self._changes[slot]):
+    def _check(self, calls: Sequence[Call]) -> None:
+        values = self._values
+        bases = {slot: (version, 0) for slot, version in values.first.items()}
+        ends = {slot: (version_of(self.leaves[slot]), values.changes.get(slot, 0)) for slot in bases}
+        moved = bases != ends
+        for call in calls:
+            if call.refusal is not None:
+                raise TapeError(call.refusal)
+            if call.name == "grad":
+                raise TapeError("the loss contains a derivative (torch.autograd.grad)")
+            if call.moved and any(root.index > call.moved and call in ancestors([root]) for root in values.roots):
+                raise TapeError("batch norm evaluates with statistics that a later call changes before backward()")
+            if not call.touches or not (moved or call.changes):
+                continue
+            then = bases | {slot: (version, changes) for slot, version, changes in call.changes}
+            taken = {x.at for x in leaves((call.args, call.kwargs)) if type(x) is Slot}
+            if any(then[slot] != ends[slot] for slot in taken):
                 raise TapeError("a parameter was changed in place during the step, outside the optimiser")
+        if values.shared is not None and any(values.shared.changed(self.leaves[slot]) for slot in bases):
+            raise TapeError("a parameter was changed through NumPy during the step, outside the optimiser")
 
-    def _refuse(self, reason: str) -> None:
-        if self._refusal is None:
-            self._refusal = reason
-            self._known = {key: leaf for key, leaf in self._known.items() if type(leaf) is Slot}  # for `used`
-            for kept in (self._alive, self._held, self._written, self._reads, self._roots, self._losses):
-                kept.clear()
-
-    def _failed(self, name: str, error: Exception) -> bool:
+    def _failed(self, name: str, error: Exception) -> None:
         """An error of ours costs the tape, never the script's step."""
-        self._refuse(f"{name}() could not be recorded: {type(error).__name__}: {error}")
-        return False
+        self._values.refuse(f"{name}() could not be recorded: {type(error).__name__}: {error}")
 
-    def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _check_backward(self, args: Any, kwargs: Any) -> None:
         weights = tensors([*args[1:2], kwargs.get("gradient"), kwargs.get("grad_tensors")])
         if not all(bool((w == 1).all()) for w in weights) or kwargs.get("inputs") or any(args[4:]):
-            self._refuse("backward() was given weights or chosen inputs")
-        self._off = True  # hooks and recomputation inside backward are not part of the forward
-        try:
-            return self._call(func, args, kwargs)
-        finally:
-            self._off = False
+            self._values.refuse("backward() was given weights or chosen inputs")
+
+    def _has_gradient(self, args: Any) -> bool:
+        """Whether the gradient that a call gets or sets is a parameter's, and there."""
+        return type(self._values.known.get(id(args[0]))) is Slot and (
+            args[0].grad is not None or any(x is not None for x in args[1:])
+        )
 
     # What a call is given
 
-    def _touched(self, given: Sequence[Tensor]) -> bool:
-        """Whether a call depends on the parameters; it may show one that was not known yet."""
-        found = False
-        for tensor in given:
-            leaf = self._known.get(id(tensor))
-            if leaf is None and tensor.requires_grad:
-                found = True
-                if tensor.is_leaf and isinstance(tensor, torch.nn.Parameter):
-                    leaf = self._known[id(tensor)] = Slot(len(self.leaves))
-                    self.leaves.append(tensor)
-            if leaf is None and self._written:
-                leaf = self._alias(tensor)
+    def _note_used(self, args: Any, kwargs: Any) -> None:
+        """What is still of use where there is no tape: which parameters calls take."""
+        for tensor in _given(args, kwargs):
+            leaf = self._values.known.get(id(tensor))
             if type(leaf) is Slot:
                 self.used.add(leaf.at)
-            found = found or leaf is not None
-        return found
 
-    def _alias(self, tensor: Tensor) -> Made | None:
-        """A tensor whose memory a call wrote into, as a view of the copy of that memory."""
-        written = self._last_write(tensor)
-        return None if written is None else self._view(tensor, written.base, [written.by])
-
-    def _last_write(self, tensor: Tensor) -> Written | None:
-        written = self._written.get(memory_of(tensor)) if self._written else None
-        return None if written is None or written.storage.expired() else written
-
-    def _view(self, tensor: Tensor, base: Taken | None, needs: list[Call]) -> Made:
-        call = self._open("as_strided", torch.as_strided)
-        call.grad, call.autocast, call.needs, call.versions = True, None, needs, (version_of(tensor),)
-        call.args = (base, tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
-        call.epoch = max((need.epoch for need in needs), default=call.part)
-        if base is None or base.before is None or base.before.dtype != tensor.dtype:
-            call.refusal = "a value inside the step is seen through another tensor"
-        return self._register(tensor, Made(call, 0))
-
-    def _preserve(self, name: str, args: Any, given: Sequence[Tensor], *, touched: bool) -> bool:
-        """Readies the constants that a call is about to write into; whether the call must be recorded."""
-        for tensor in tensors(args[0]) if args and name not in STATISTICS else given:
-            key = memory_of(tensor)
-            if not key or id(tensor) in self._known or tensor.requires_grad:
-                continue
-            held = [taken for ref in self._held.pop(key, ()) if (taken := ref()) is not None and taken.before is None]
-            touched = touched or any(taken.viewed for taken in held)
-            base = self._share(tensor, key) if touched else None
-            for taken in held:
-                if taken.viewed and base is not None and base.tensor.dtype == taken.tensor.dtype:
-                    taken.base = base
-                elif taken.viewed or compact_bytes(taken.tensor) > COPY_LIMIT:
-                    taken.version = LOST
-                else:
-                    taken.before = copied(taken.tensor)
-        return touched
-
-    def _share(self, tensor: Tensor, key: int) -> Taken | None:
-        """Copies the memory of a constant whose contents come to depend on the parameters."""
-        whole = (tensor.untyped_storage().nbytes() // tensor.element_size(),)
-        if whole[0] * tensor.element_size() > COPY_LIMIT:
-            return None  # it stays a constant, and its version tells
-        base = Taken(tensor, LOST, copied(tensor.detach().as_strided(whole, (1,), 0)), overwritten=True)
-        made = self._view(tensor, base, [])
-        self._written[key] = Written(StorageWeakRef(tensor.untyped_storage()), made.call, base, tracked=False)
-        return base
-
-    def _leaf(self, tensor: Tensor, call: Call) -> Slot | Made | Taken:
-        leaf = self._known.get(id(tensor))
-        if leaf is None:
-            return self._constant(tensor, call)
-        if isinstance(leaf, Slot):
-            call.parameters.append((leaf.at, version_of(tensor), self._changes[leaf.at]))
-            call.epoch = call.part
-            return leaf
-        last = self._last_write(tensor)
-        sources = [leaf.call] if last is None else [leaf.call, last.by]
-        call.needs += sources
-        call.epoch = max(call.epoch, *(source.epoch for source in sources))
-        call.elastic = call.elastic or leaf.call.elastic
-        if last is None and leaf.call.versions[leaf.at] != version_of(tensor):
-            call.refusal = "a value inside the step was overwritten out of sight"
-        if last is not None and last.tracked and leaf.call.name == "as_strided" and not tensor.requires_grad:
-            call.refusal = "a value with a gradient is read through a tensor that has none"
-        if not all(source.grad for source in sources) and isinstance(tensor.grad_fn, BackwardCFunction):
-            call.refusal = unseen(tensor)
-        return leaf
-
-    def _constant(self, tensor: Tensor, call: Call) -> Taken:
-        if tensor.grad_fn is not None:
-            call.refusal = unseen(tensor)
-        version, key = version_of(tensor), memory_of(tensor)
-        held = [ref for ref in self._held.get(key, ()) if ref() is not None]
-        for taken in (ref() for ref in held):
-            if taken is not None and taken.tensor is tensor and taken.version == version:
-                return taken
-        taken = Taken(tensor, version)
-        self._held[key] = [*held, weakref.ref(taken)]
-        return taken
+    def _shaped(self, tensor: Tensor) -> bool:
+        """Whether a shape that is read depends on the parameters."""
+        leaf = self._values.known.get(id(tensor))
+        return type(leaf) is Made and leaf.call.elastic
 
     def _encode(self, x: Any, call: Call) -> Any:
         kind = type(x)
         if kind in _LITERALS:
             return x
-        if isinstance(x, Tensor):
-            return self._leaf(x, call)
+        if kind in _TENSORS or isinstance(x, Tensor):
+            return self._values.leaf(x, call)
         if isinstance(x, (tuple, list)):
             encoded = [self._encode(y, call) for y in x]
             return encoded if isinstance(x, list) else tuple(encoded)
         if isinstance(x, slice):
             return Slice(*(self._encode(y, call) for y in (x.start, x.stop, x.step)))
         if isinstance(x, np.generic):
+            if self._values.exposed:
+                call.refusal = "a number that NumPy may have computed from the step goes into a later call"
             return x.item()
         if isinstance(x, np.ndarray) and call.name in ("__getitem__", "__setitem__"):
-            copy = torch.from_numpy(x.copy())
+            copy = torch.from_numpy(x.copy()).clone()
             return Taken(copy, version_of(copy))
         if isinstance(x, torch.Generator):
             call.refusal = "the step draws from a generator of the script's own"
@@ -324,125 +341,80 @@ class Recorder(TorchFunctionMode):
 
     # What a call does
 
-    def _open(self, name: str, func: Any) -> Call:
-        self._count += 1
-        part = len(self._roots)
-        return Call(self._count, func, name, torch.is_grad_enabled(), autocast(), part)
-
-    def _record(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor]) -> Any:
-        call = self._open(
+    def _opened(
+        self, func: Any, kind: Kind, args: Any, kwargs: Any, given: Sequence[Tensor]
+    ) -> tuple[Call, Tensor | None]:
+        """The call with its arguments, and the state of the generator that it may draw from."""
+        name = kind.name
+        call = self._values.open(
             name, torch.Tensor.detach if name == "data" else func
-        )  # so that autograd sees what is written
-        versions, state = [], None
-        try:
-            call.args = tuple([self._encode(x, call) for x in args])
-            call.kwargs = tuple([(k, self._encode(v, call)) for k, v in kwargs.items()])
-            if name in CUTS and (call.needs or call.parameters):
-                self.cuts.append((name, caller()))
+        )  # autograd sees what is written then
+        encode = self._encode
+        call.args = tuple([encode(x, call) for x in args])
+        if kwargs:
+            call.kwargs = tuple([(k, encode(v, call)) for k, v in kwargs.items()])
             if call.refusal is None and "out" in kwargs:
                 call.refusal = f"{name}() writes through out="
-            if elastic(name, args):
-                call.elastic = self._elastic = True
-            versions = versions_of(given)
-            state = generator_state(given[0].device) if may_draw(func, name) else None
-        except Exception as error:
-            self._failed(name, error)
-        result = self._call(func, args, kwargs)
-        if self._refusal is None:
-            try:
-                if state is not None and not torch.equal(state, generator_state(given[0].device)):
-                    call.state = state
-                self._close(call, args, given, versions, result)
-            except Exception as error:
-                self._failed(name, error)
-        return result
+        if kind.cuts and (call.needs or call.touches):
+            self.cuts.append((name, caller() if len(self.cuts) < 8 else ""))
+        if kind.elastic and elastic(name, args):
+            call.elastic = self._elastic = True
+        if kind.statistics and not updates(name, args, kwargs):
+            for tensor in given[1:]:
+                if not tensor.requires_grad:
+                    self._values.evaluated.setdefault(memory_of(tensor), []).append(weakref.ref(call))
+        return call, generator_state(given[0].device) if kind.draws and may_draw(name, args, kwargs) else None
 
-    def _close(self, call: Call, args: Any, given: list[Tensor], versions: list[int], result: Any) -> None:
+    def _close(self, call: Call, kind: Kind, args: Any, given: list[Tensor], versions: list[int], result: Any) -> None:
         """Notes what a call made and wrote."""
-        made = tensors(result)
-        call.versions = tuple(versions_of(made))
-        if call.name == "data":
-            self._apart[memory_of(given[0])] = StorageWeakRef(given[0].untyped_storage())
+        made = [result] if type(result) is Tensor else tensors(result)
+        call.count = len(made)
         for k, tensor in enumerate(made):
-            self._note_made(tensor, Made(call, k))
+            self._values.note_made(tensor, Made(call, k, version_of(tensor)))
+        if kind.name == "data":
+            self._values.apart[memory_of(given[0])] = StorageWeakRef(given[0].untyped_storage())
         now = versions_of(given)
         written = [t for t, old, new in zip(given, versions, now, strict=True) if old != new] if now != versions else []
-        if call.name in STATISTICS:
+        if kind.statistics and kind.writes_now(args, dict(call.kwargs)):
             written += [t for t in given[1:] if not t.requires_grad]
-        if call.name == "set_data_":
+        if kind.name == "set_data_":
             written.append(args[0])
         for tensor in written:
-            self._note_write(call, tensor)
-        if call.name == "register_hook" and type(self._known.get(id(args[0]))) is Made:
-            self._refuse("a hook on a value inside the step may change its gradient")
+            self._values.note_write(call, tensor)
+        if kind.name == "register_hook" and type(self._values.known.get(id(args[0]))) is Made:
+            self._values.refuse("a hook on a value inside the step may change its gradient")
         elif not made and not written and result is not None:
             self._note_read(call, result)
 
-    def _note_made(self, tensor: Tensor, made: Made) -> None:
-        if type(self._known.get(id(tensor))) is not Slot:
-            self._register(tensor, made)
-        for ref in self._held.get(memory_of(tensor), ()) if self._held else ():
-            if (taken := ref()) is not None:
-                taken.viewed = True  # a constant's memory is seen through what the call made
-
-    def _register(self, tensor: Tensor, made: Made) -> Made:
-        key = id(tensor)
-        if key not in self._known:  # a dead tensor leaves at once, before its id can be given to another
-            self._alive[key] = weakref.ref(tensor, functools.partial(self._known.pop, key))
-        self._known[key] = made
-        return made
-
-    def _note_write(self, call: Call, tensor: Tensor) -> None:
-        key = memory_of(tensor)
-        slots = self._parameters_at(key)
-        if call.name == "set_data_" and type(leaf := self._known.get(id(tensor))) is Slot:
-            slots = [leaf.at]
-        if slots:
-            call.refusal = f"{call.name}() writes into a parameter during the step"
-            self._changes.update(slots)
-            return
-        if len(call.args) and isinstance(call.args[0], list):
-            call.refusal = f"{call.name}() writes into a list of tensors"
-        if call.name == "set_data_":
-            call.refusal = "the memory of a tensor was exchanged (.data = ...)"
-        if len(self._written) >= self._crowded:
-            self._written = {k: known for k, known in self._written.items() if not known.storage.expired()}
-            self._crowded = max(16, 2 * len(self._written))
-        before = self._last_write(tensor)
-        base, tracked = (None, False) if before is None else (before.base, before.tracked)
-        if base is None and key in self._apart and not self._apart[key].expired():
-            self._refuse(f"{call.name}() writes into a value whose .data was taken: autograd may not see it")
-            return
-        storage = StorageWeakRef(tensor.untyped_storage())
-        self._written[key] = Written(storage, call, base, tracked=tracked or tensor.requires_grad)
-
-    def _parameters_at(self, key: int) -> list[int]:
-        if sum(map(len, self._owners.values())) != len(self.leaves):
-            self._owners = {}
-            for slot, parameter in enumerate(self.leaves):
-                self._owners.setdefault(memory_of(parameter), []).append(slot)
-        return self._owners.get(key, [])
-
     def _note_read(self, call: Call, result: Any) -> None:
         """Notes a number that the script took out of the step."""
-        if not call.needs and not call.parameters:
+        if not call.needs and not call.touches:
             return  # of an earlier step: no weight of this one changes it
         if is_flag(result):
             call.expects = tuple(result) if isinstance(result, torch.Size) else result
         elif isinstance(result, float):
-            self._numbers.append(result)
+            self._numbers.append((call.index, result))
         elif not isinstance(result, (list, complex, np.ndarray)):
             return
         number = not isinstance(result, bool) and call.name not in SHAPES
-        if number and not call.grad and not any(type(x) is Made and x.call.grad for x in self._known.values()):
+        if number and not call.grad and not any(type(x) is Made and x.call.grad for x in self._values.known.values()):
             return  # an evaluation before the forward pass begins
         if call.expects is None:
             call.args, call.needs = (), []
-        self._reads.append(call)
+        self._values.reads.append(call)
 
-    def _look(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        """A shape that is read."""
-        leaf = self._known.get(id(args[0]))
-        if type(leaf) is not Made or not leaf.call.elastic:
-            return self._call(func, args, kwargs)
-        return self._record(func, name, args, kwargs, [args[0]])
+
+def _index(call: Call) -> int:
+    return call.index
+
+
+def _given(args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors among the arguments, in their order."""
+    found: list[Tensor] = []
+    for x in (*args, *kwargs.values()) if kwargs else args:
+        kind = type(x)
+        if kind in _TENSORS:
+            found.append(x)
+        elif kind not in _LITERALS:
+            found += tensors(x)
+    return found
