@@ -2,7 +2,7 @@
 
 import contextlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -28,6 +28,14 @@ class Memory:
 class Live(Protocol):
     """What a run needs of the watcher that still writes it."""
 
+    @property
+    def steps(self) -> int: ...
+    @property
+    def heard(self) -> int: ...
+    @property
+    def overhead(self) -> float: ...
+    @property
+    def facts(self) -> Sequence[dict[str, Any]]: ...
     def save(self) -> None: ...
     def paused(self) -> contextlib.AbstractContextManager[None]: ...
 
@@ -68,6 +76,14 @@ class Run:
         return [e for e in self.events if e["kind"] == kind]
 
     @property
+    def facts(self) -> list[dict[str, Any]]:
+        """What needs no interpretation: a graph cut, gradients that nobody cleared, a loss that is not finite.
+
+        Of a run that goes on they are read without its log, in the same short time at any length of it.
+        """
+        return self.of("fact") if self._live is None else list(self._live.facts)
+
+    @property
     def header(self) -> Mapping[str, Any]:
         """What was run, with what: script, argv, started, versions."""
         return next((e for e in self.events if e["kind"] == "start"), {})
@@ -79,6 +95,8 @@ class Run:
     @property
     def steps(self) -> int:
         """How many optimiser steps were recorded."""
+        if self._live is not None:
+            return self._live.steps
         return next((e["step"] for e in reversed(self.events) if e["kind"] == "step"), 0)
 
     @property
@@ -88,11 +106,15 @@ class Run:
     @property
     def heard(self) -> int:
         """How many steps a recorder was on for; 0 where the run was killed."""
+        if self._live is not None:
+            return self._live.heard
         return next((e["heard"] for e in reversed(self.events) if "heard" in e), 0)
 
     @property
     def overhead(self) -> float:
         """The share of the run's time that watching took; NaN where the run was killed."""
+        if self._live is not None:
+            return self._live.overhead
         return float(next((e["overhead"] for e in reversed(self.events) if "overhead" in e), float("nan")))
 
     @property
