@@ -21,6 +21,7 @@ from unstuck.record._deck import Deck
 from unstuck.record._hooks import Hooks
 from unstuck.record._log import NAME, Log, warn
 from unstuck.record._models import models_alive, parameter_names
+from unstuck.record._moments import Stopped, Tick, Ticks
 from unstuck.record._pulses import Pulses, StaleGradients, cut_off, first_nonfinite, orphans
 from unstuck.record._run import TAPES, Run
 from unstuck.record._state import State, pack_state, snapshot
@@ -34,7 +35,9 @@ FIRST_BYTES = 256 << 20  # of the weights: where they are larger, those at the s
 class Watch:
     """The watcher of one process: `start` it, and `stop` it whatever happens in between."""
 
-    def __init__(self, folder: Path, *, models: Sequence[nn.Module] = (), budget: float = 0.02) -> None:
+    def __init__(
+        self, folder: Path, *, models: Sequence[nn.Module] = (), budget: float = 0.02, tick: Tick | None = None
+    ) -> None:
         if (folder / NAME).exists():
             raise ValueError(f"a folder without a run was needed, but {folder} holds one: name another or delete it")
         self.folder = folder
@@ -52,7 +55,9 @@ class Watch:
         self._losses: list[Tensor] = []  # what backward was called on since the last step
         self._record: dict[str, Any] = {}  # of the step being taken
         self._counts: dict[str, int] = {}
-        self._heard = 0  # steps that a recorder was on for
+        self.facts: list[dict[str, Any]] = []  # as the log has them: few, since a count is told when it has doubled
+        self.heard = 0  # steps that a recorder was on for
+        self._ticks = None if tick is None else Ticks(tick, Run(folder, live=self))
         self._first: list[State] = []  # the weights at the start, unless they are too large to keep
         self._recent: deque[State] = deque(maxlen=2)
         self._saved = -1
@@ -86,8 +91,8 @@ class Watch:
         self.save()
         end = {
             "time": self._elapsed(),
-            "overhead": self._overhead(),
-            "heard": self._heard,
+            "overhead": self.overhead,
+            "heard": self.heard,
             "refusals": self._deck.refusals,
         }
         self._log.write("end", outcome=outcome, **end)
@@ -195,6 +200,8 @@ class Watch:
             self._recent.append(snapshot(self.steps, self._leaves, self._only()))
         if self._spent() < FREE_SECONDS + self._budget * self._elapsed():
             self._deck.listen()
+        if self._ticks is not None:
+            self._hooks.seconds -= self._ticks()  # which has its own share
 
     def gave_up(self, reason: str) -> None:
         self._deck.close()
@@ -225,14 +232,14 @@ class Watch:
             self._meet(optimizer)
 
     def _note_parameters(self, recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
-        self._heard += 1
+        self.heard += 1
         cut = cut_off(recorder, optimizer)
         if cut:
             function, line = recorder.cuts[0]
-            self._counted("graph-cut", of=self._heard, names=[self._name(p) for p in cut], function=function, line=line)
+            self._counted("graph-cut", of=self.heard, names=[self._name(p) for p in cut], function=function, line=line)
         lost = orphans(recorder, self._optimizers)
         if lost:
-            self._counted("orphan-gradient", of=self._heard, names=[self._name(p) for p in lost])
+            self._counted("orphan-gradient", of=self.heard, names=[self._name(p) for p in lost])
 
     def _read_loss(self, tape: Tape | None) -> None:
         if not self._losses:
@@ -250,7 +257,9 @@ class Watch:
             self._fact(code, count=count, of=of, **values)
 
     def _fact(self, code: str, **values: Any) -> None:
-        self._log.write("fact", code=code, step=self.steps + 1, **values)
+        fact = {"code": code, "step": self.steps + 1, **values}
+        self.facts.append({"kind": "fact", **fact})
+        self._log.write("fact", **fact)
 
     def _learn_names(self) -> None:
         self._names = parameter_names(self._leaves, self._models)
@@ -272,8 +281,11 @@ class Watch:
     def _elapsed(self) -> float:
         return time.perf_counter() - self._began
 
-    def _overhead(self) -> float:
-        return self._spent() / max(self._elapsed(), 1e-9)
+    @property
+    def overhead(self) -> float:
+        """The share of the time that watching takes, looks at the run included."""
+        ticks = 0.0 if self._ticks is None else self._ticks.seconds
+        return (self._spent() + ticks) / max(self._elapsed() + ticks, 1e-9)
 
 
 @contextlib.contextmanager
@@ -283,16 +295,18 @@ def watch(
     *,
     folder: str | Path | None = None,
     budget: float = 0.02,
+    tick: Tick | None = None,
 ) -> Iterator[Run]:
     """Watches the training inside the block; the loop in it stays as it is.
 
     Model and optimiser are found by themselves where they are not given. The run is written to `folder` (by default a
     new one below `unstuck-runs`) and can be read at any time. `budget` is the share of the time that recording may
-    take.
+    take. `tick(run)` is called after a step, at most twice a second, and may raise `unstuck.record.Stopped` to end the
+    run; any other error in it does the training no harm.
     """
     script = getattr(sys.modules.get("__main__"), "__file__", None) or "interactive session"
     place = Path(folder) if folder is not None else new_folder(Path(script).stem)
-    watcher = Watch(place, models=[] if model is None else [model], budget=budget)
+    watcher = Watch(place, models=[] if model is None else [model], budget=budget, tick=tick)
     watcher.start(script, sys.argv[1:], [] if optimizer is None else [optimizer])
     outcome = "finished"
     run = Run(place, live=watcher)
@@ -300,6 +314,9 @@ def watch(
         yield run
     except KeyboardInterrupt:
         outcome = "interrupted"
+        raise
+    except Stopped as stop:
+        outcome = str(stop)
         raise
     except BaseException as error:
         outcome = f"raised {type(error).__name__}"
