@@ -1,8 +1,23 @@
 """Watches a live run: hooks, pulses, tapes, the log, and the Run that reads it."""
 
+from unstuck.record._moments import Stopped, Tick, on_sigterm
 from unstuck.record._run import Memory, Run
 from unstuck.record._script import Outcome, run_script
 from unstuck.record._state import Optimizer, State
 from unstuck.record._watch import FOLDER, Watch, new_folder, watch
 
-__all__ = ["FOLDER", "Memory", "Optimizer", "Outcome", "Run", "State", "Watch", "new_folder", "run_script", "watch"]
+__all__ = [
+    "FOLDER",
+    "Memory",
+    "Optimizer",
+    "Outcome",
+    "Run",
+    "State",
+    "Stopped",
+    "Tick",
+    "Watch",
+    "new_folder",
+    "on_sigterm",
+    "run_script",
+    "watch",
+]

@@ -11,6 +11,7 @@ from types import CodeType, ModuleType, TracebackType
 from typing import NamedTuple
 
 from unstuck.record._log import NAME
+from unstuck.record._moments import Stopped, Tick, on_sigterm
 from unstuck.record._run import Run
 from unstuck.record._watch import Watch, new_folder
 
@@ -26,21 +27,28 @@ class Outcome(NamedTuple):
 
 
 def run_script(
-    script: str | Path, argv: Sequence[str] = (), *, folder: Path | None = None, budget: float = 0.02
+    script: str | Path,
+    argv: Sequence[str] = (),
+    *,
+    folder: Path | None = None,
+    budget: float = 0.02,
+    tick: Tick | None = None,
 ) -> Outcome:
     """Runs `script` with `argv` in this process as the main program, watched, and gives back what was recorded.
 
     An exception in the script is printed as Python prints it. ValueError where it cannot be read or does not compile.
+    `tick(run)` is called after a step, at most twice a second; where it raises Stopped, the status is 1.
     """
     path = Path(script)
     file = str(script) if path.is_absolute() else f"{Path.cwd()}/{script}"  # as Python calls it, `./` and all
     code = _compiled(path, file)
     process = os.getpid()
     place = new_folder(path.stem) if folder is None else folder
-    watcher = Watch(place, budget=budget)
+    watcher = Watch(place, budget=budget, tick=tick)
     watcher.start(str(script), argv)
     outcome, status = "finished", 0
-    with _as_main(file, [str(script), *argv]) as main:
+    terminated = on_sigterm(lambda: watcher.stop("terminated"))
+    with terminated, _as_main(file, [str(script), *argv]) as main:
         try:
             exec(code, main.__dict__)
         except SystemExit as stop:
@@ -48,6 +56,8 @@ def run_script(
             outcome = f"left with status {status}" if status else outcome
         except KeyboardInterrupt:
             outcome, status = "interrupted", 130
+        except Stopped as stop:
+            outcome, status = str(stop), 1
         except BaseException as error:
             outcome, status = f"raised {type(error).__name__}", 1
             _print(error, code)
