@@ -194,7 +194,7 @@ def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
 
 
 def _blown_up(case: Case) -> str:
-    fact = next((e for e in case.run.of("fact") if e["code"] == "non-finite"), None)
+    fact = next((e for e in case.run.facts if e["code"] == "non-finite"), None)
     if fact is None:
         return "The loss blew up"
     origin = {"parameter": f"the weights of {fact['where']}", "forward": f"the forward pass, {fact['where']}()"}

@@ -93,12 +93,12 @@ def graph_cut(case: Case) -> Finding | None:
 
 
 def _fact(case: Case, code: str) -> dict[str, Any] | None:
-    return next((e for e in case.run.of("fact") if e["code"] == code), None)
+    return next((e for e in case.run.facts if e["code"] == code), None)
 
 
 def _habit(case: Case, code: str) -> tuple[dict[str, Any] | None, int]:
     """The last note of a fact that holds at nearly every step, and how many steps had been looked at by then."""
-    notes = [e for e in case.run.of("fact") if e["code"] == code]
+    notes = [e for e in case.run.facts if e["code"] == code]
     if not notes:
         return None, 0
     last = notes[-1]
