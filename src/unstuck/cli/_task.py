@@ -1,8 +1,9 @@
-"""The objective that `unstuck examine FILE:NAME` names: loads the file and tells its errors from ours."""
+"""What the arguments of the command name: a run, a share, an objective in a file or of a run."""
 
 import contextlib
 import importlib.util
 import inspect
+import math
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,11 +17,53 @@ import typer
 if TYPE_CHECKING:
     from unstuck.objective import Objective
 
+LOG = "log.jsonl"
 CANNOT = 2  # exit status: bad input, or nothing could be told
 
 
+def share(text: str) -> float:
+    """`2%` or `0.02` as a number between 0 and 1."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise ValueError(
+            f"a share of the time such as 2% or 0.02 was needed, got {text!r}: give one between 0% and 100%"
+        )
+    return value
+
+
+def found(run: str | None) -> Path:
+    """The folder of a run: as given, below unstuck-runs, or that of the latest one."""
+    from unstuck.record import FOLDER, runs
+
+    if run is not None:
+        return next((p for p in (Path(run), FOLDER / run) if (p / LOG).is_file()), Path(run))
+    known = runs()
+    if not known:
+        raise ValueError(f"a run folder was needed, but there is none below {FOLDER}: `unstuck run SCRIPT` makes one")
+    return known[0].folder
+
+
 @contextlib.contextmanager
-def loaded(task: str) -> Iterator["Objective"]:
+def loaded(task: str) -> Iterator[tuple["Objective", str]]:
+    """The objective that `FILE:NAME` or a run stands for, and a title for it."""
+    from unstuck.record import Run
+
+    folder = found(task)
+    if folder.is_dir():
+        run = Run(folder)
+        objective = run.objective()
+        steps = round(objective.weight)
+        yield objective, f"{folder.name}: the mean over {steps} recorded steps"
+    else:
+        with from_file(task) as objective:
+            yield objective, task
+
+
+@contextlib.contextmanager
+def from_file(task: str) -> Iterator["Objective"]:
     """The objective that `FILE:NAME` stands for; what is printed meanwhile goes to stderr.
 
     An error of ours is one sentence; one of the user's code is shown as a traceback from that code on.

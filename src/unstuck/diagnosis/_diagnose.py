@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from unstuck.diagnosis._case import Case, Measure
-from unstuck.diagnosis._exact import EXACT, exact_findings
+from unstuck.diagnosis._exact import EXACT, exact_findings, non_finite
 from unstuck.diagnosis._findings import (
     CANNOT_TELL,
     PROVED,
@@ -194,14 +194,8 @@ def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
 
 
 def _blown_up(case: Case) -> str:
-    fact = next((e for e in case.run.facts if e["code"] == "non-finite"), None)
-    if fact is None:
-        return "The loss blew up"
-    origin = {"parameter": f"the weights of {fact['where']}", "forward": f"the forward pass, {fact['where']}()"}
-    where = origin.get(fact["origin"], "a place that was not recorded")
-    return (
-        f"The loss is {fact['loss']} since step {fact['step']}, and the first number that is not finite is in {where}"
-    )
+    blown = non_finite(case.run)
+    return "The loss blew up" if blown is None else blown.claim.removesuffix(".")
 
 
 def _unknown(case: Case, claim: str) -> Finding:

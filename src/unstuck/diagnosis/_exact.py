@@ -4,6 +4,7 @@ from typing import Any
 
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
+from unstuck.record import Run
 
 OFTEN = 0.9  # the share of the steps at which a fact must hold before it is the run's habit
 LEAST_STEPS = 3
@@ -19,7 +20,7 @@ EXACT = ("non-finite-data", "zero-grad-missing", "parameters-not-optimised", "gr
 
 
 def non_finite_data(case: Case) -> Finding | None:
-    fact = _fact(case, "non-finite")
+    fact = _fact(case.run, "non-finite")
     if fact is None or fact.get("origin") != "batch":
         return None
     rows = fact.get("rows", [])
@@ -33,6 +34,24 @@ def non_finite_data(case: Case) -> Finding | None:
         "Find these rows in the data and drop or impute them; check the data once with torch.isfinite before training.",
         (Evidence.exact("rows that are not finite", len(rows), "rows of the batch with NaN or infinity"),),
     )
+
+
+def non_finite(run: Run) -> Finding | None:
+    """That the loss stopped being finite, and the first number that is not: what happened, and not why."""
+    fact = _fact(run, "non-finite")
+    if fact is None:
+        return None
+    where = fact["where"]
+    origin = {
+        "parameter": f"the weights of {where}",
+        "forward": f"the forward pass, {where}()",
+        "batch": f"the batch, {where}",
+        "unknown": "a place that was not recorded",
+    }.get(fact["origin"], f"the {fact['origin']} of {where}")
+    claim = (
+        f"The loss is {fact['loss']} since step {fact['step']}, and the first number that is not finite is in {origin}"
+    )
+    return Finding("non-finite", SHOWN, fact["step"], where, claim + ".", "See which cause explains it.")
 
 
 def zero_grad_missing(case: Case) -> Finding | None:
@@ -92,8 +111,8 @@ def graph_cut(case: Case) -> Finding | None:
     )
 
 
-def _fact(case: Case, code: str) -> dict[str, Any] | None:
-    return next((e for e in case.run.facts if e["code"] == code), None)
+def _fact(run: Run, code: str) -> dict[str, Any] | None:
+    return next((e for e in run.facts if e["code"] == code), None)
 
 
 def _habit(case: Case, code: str) -> tuple[dict[str, Any] | None, int]:

@@ -1,7 +1,9 @@
 """Watches a live run: hooks, pulses, tapes, the log, and the Run that reads it."""
 
 from unstuck.record._moments import Stopped, Tick, on_sigterm
+from unstuck.record._objective import of_tapes
 from unstuck.record._run import Memory, Run
+from unstuck.record._runs import Summary, runs
 from unstuck.record._script import Outcome, run_script
 from unstuck.record._state import Optimizer, State
 from unstuck.record._watch import FOLDER, Watch, new_folder, watch
@@ -14,10 +16,13 @@ __all__ = [
     "Run",
     "State",
     "Stopped",
+    "Summary",
     "Tick",
     "Watch",
     "new_folder",
+    "of_tapes",
     "on_sigterm",
     "run_script",
+    "runs",
     "watch",
 ]

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from unstuck.objective import Tape, TapeError, unpack
+from unstuck.objective import Objective, Tape, TapeError, unpack
 from unstuck.record._log import NAME, read_log
+from unstuck.record._objective import of_run
 from unstuck.record._state import State, unpack_state
 
 TAPES = "tapes.pt"
@@ -126,6 +127,14 @@ class Run:
         """The steps at which a quantity was recorded, and its values: "loss", "grad_norm", "update_ratio", "lr"."""
         found = [(e["step"], float(e[name])) for e in self.events if e["kind"] == "step" and e.get(name) is not None]
         return [step for step, _ in found], [value for _, value in found]
+
+    def objective(self) -> Objective:
+        """The mean loss over the recorded steps at the last finite weights; it needs no script.
+
+        Each step counts the same, as it did in the training, and steps that repeat one batch are computed once. Buffers
+        and dropout masks are those of each step. ValueError where the run kept no step, or no finite weights.
+        """
+        return of_run(self)
 
     def memory(self) -> Memory | None:
         """The tapes and states, or None where the run left none."""
