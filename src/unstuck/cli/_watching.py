@@ -20,8 +20,8 @@ def watching(console: Console, *, live: bool, stop: bool) -> Iterator[tuple[Call
     from unstuck.record import on_sigterm
     from unstuck.report import LiveScreen
 
-    lookout = Lookout(whole=live or stop)
     if not live:
+        lookout = Lookout(whole=stop)
         yield lambda run: _look(run, lookout, console, None, stop=stop), lookout
         return
     with LiveScreen(console) as screen, on_sigterm(screen.close):
@@ -29,6 +29,7 @@ def watching(console: Console, *, live: bool, stop: bool) -> Iterator[tuple[Call
             console.print(
                 "unstuck: --live needs a terminal of 60 columns and 20 rows on stderr: there is none.", soft_wrap=True
             )
+        lookout = Lookout(whole=True, progress=screen.note)
         yield lambda run: _look(run, lookout, console, screen, stop=stop), lookout
 
 
@@ -38,8 +39,9 @@ def _look(run: "Run", lookout: "Lookout", console: Console, screen: "LiveScreen 
     found = lookout.look(run)
     if screen is not None and _first_rank():
         screen.show(run, lookout)
-    for finding in found:
-        console.print(_warning(finding, run), markup=False, highlight=False, soft_wrap=True)
+    if screen is None or not screen.shown:  # else it says so
+        for finding in found:
+            console.print(_warning(finding, run), markup=False, highlight=False, soft_wrap=True)
     if stop and found:
         raise Stopped(found[0].code)
 

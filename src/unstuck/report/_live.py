@@ -77,6 +77,11 @@ class LiveScreen:
         self._began = time.perf_counter()
 
     @property
+    def shown(self) -> bool:
+        """Whether it is on the terminal."""
+        return self._size is not None
+
+    @property
     def usable(self) -> bool:
         if not self._console.is_terminal or not self._console.encoding.startswith("utf"):
             return False
@@ -88,6 +93,12 @@ class LiveScreen:
         self._follow(run)
         if self.usable:
             self._draw(self._panel(run, known, self._terminal().columns - 1))
+
+    def note(self, text: str, share: float) -> None:
+        """Says in the last row how far a diagnosis is, during which nothing else moves."""
+        if self._size is not None:
+            line = words.printable(f" diagnosing, {share:.0%}: {text}")[: self._size.columns - 1]
+            self._write(f"\x1b7\x1b[{self._size.lines};1H\x1b[2K{line}\x1b8")
 
     def close(self) -> None:
         """Gives the rows back, empty, and the whole terminal to the script again."""
