@@ -179,5 +179,5 @@ def test_a_whole_diagnosis_tells_the_cause_as_soon_as_the_loss_is_not_finite(tmp
         told.extend((f.word, f.code) for f in lookout.look(run))
 
     with unstuck.watch(folder=tmp_path / "run", tick=tick):
-        last(train(150, lr=3.0))
+        last(train(150, lr=1.0))
     assert told == [(PROVED, "lr-diverges"), (SHOWN, "non-finite")]

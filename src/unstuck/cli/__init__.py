@@ -75,7 +75,8 @@ def run(
     if done.interrupted:
         console.print("unstuck: diagnosing… (Ctrl-C again leaves at once)")
     elif done.run.outcome.startswith("stopped"):
-        console.print(f"unstuck: {done.run.outcome.replace('by unstuck', f'at step {done.run.steps}')}.", soft_wrap=True)
+        told = done.run.outcome.replace("by unstuck", f"at step {done.run.steps}")
+        console.print(f"unstuck: {told}.", markup=False, highlight=False, soft_wrap=True)
     try:
         fault = _is_fault(_verdict(done.run, console, json_out, known=lookout.verdict(done.run)))
     except Exception as error:  # whatever it is, the status stays the script's own

@@ -52,11 +52,9 @@ def loaded(task: str) -> Iterator[tuple["Objective", str]]:
     from unstuck.record import Run
 
     folder = found(task)
-    if folder.is_dir():
-        run = Run(folder)
-        objective = run.objective()
-        steps = round(objective.weight)
-        yield objective, f"{folder.name}: the mean over {steps} recorded steps"
+    if (folder / LOG).is_file():
+        objective = Run(folder).objective()
+        yield objective, f"{folder.name}: the mean over {round(objective.weight)} recorded steps"
     else:
         with from_file(task) as objective:
             yield objective, task
@@ -80,7 +78,7 @@ def from_file(task: str) -> Iterator["Objective"]:
     try:
         code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)  # without leaving a __pycache__
     except OSError as error:
-        raise ValueError(f"a Python file was needed, but {path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"a Python file or a run was needed, but {path} cannot be read: {error.strerror}") from None
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"a Python file was needed, but {path} does not compile: {error}") from None
     was = sys.path[:]
