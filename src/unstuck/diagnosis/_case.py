@@ -53,11 +53,15 @@ class Case:
     @property
     def steps(self) -> list[int]:
         """The steps that `losses` belong to."""
-        return self.once(_losses)[0]
+        return self._course[0]
 
     @property
     def losses(self) -> list[float]:
-        return self.once(_losses)[1]
+        return self._course[1]
+
+    @cached_property
+    def _course(self) -> tuple[list[int], list[float]]:
+        return _losses(self.run)
 
     def __getitem__(self, name: str) -> Evidence | None:
         """The quantity, or None where this run cannot tell it."""
@@ -140,9 +144,9 @@ class Case:
         return max(finite, default=math.nan)
 
 
-def _losses(case: Case) -> tuple[list[int], list[float]]:
+def _losses(run: Run) -> tuple[list[int], list[float]]:
     """Steps and losses of the optimiser that has most of them: those of another (in a GAN) are of another function."""
-    known = [e for e in case.run.of("step") if e.get("loss") is not None]
+    known = [e for e in run.of("step") if e.get("loss") is not None]
     owners = [e.get("optimizer", 0) for e in known]
     owner = max(dict.fromkeys(owners), key=owners.count, default=0)
     mine = [e for e, o in zip(known, owners, strict=True) if o == owner]

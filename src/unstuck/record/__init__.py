@@ -3,7 +3,7 @@
 from unstuck.record._moments import Stopped, Tick, on_sigterm
 from unstuck.record._objective import of_tapes
 from unstuck.record._run import Memory, Run
-from unstuck.record._runs import Summary, runs
+from unstuck.record._runs import Summary, records_since, runs
 from unstuck.record._script import Outcome, run_script
 from unstuck.record._state import Optimizer, State
 from unstuck.record._watch import FOLDER, Watch, new_folder, watch
@@ -22,6 +22,7 @@ __all__ = [
     "new_folder",
     "of_tapes",
     "on_sigterm",
+    "records_since",
     "run_script",
     "runs",
     "watch",

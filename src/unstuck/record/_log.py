@@ -69,7 +69,7 @@ def read_log(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
     with path.open("rb") as file:
         file.seek(start)
         for line in file:
-            record = read_line(line)
+            record = _record(line)
             if record is None:
                 break
             records.append(record)
@@ -77,8 +77,7 @@ def read_log(path: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
     return records, start
 
 
-def read_line(line: bytes) -> dict[str, Any] | None:
-    """The record of a line of a log, or None where it is torn or no record."""
+def _record(line: bytes) -> dict[str, Any] | None:
     try:
         record = loose(json.loads(line)) if line.endswith(b"\n") else None
     except ValueError:

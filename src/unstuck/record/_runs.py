@@ -1,11 +1,12 @@
 """The runs below a folder, each known by the first and the last lines of its log."""
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unstuck.record._log import NAME, read_line
+from unstuck.record._log import NAME, loose, read_log
 from unstuck.record._watch import FOLDER
 
 ENDS = 1 << 16  # bytes read at both ends of a log: a long one is not read whole to be listed
@@ -31,6 +32,12 @@ def runs(below: str | Path = FOLDER) -> list[Summary]:
     return sorted(found, key=lambda run: (run.started, run.folder.name), reverse=True)
 
 
+def records_since(folder: Path, start: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """The records of a run's log from byte `start` on, and the byte where they end: to follow it in bounded memory."""
+    log = folder / NAME
+    return read_log(log, start) if log.is_file() else ([], start)
+
+
 def _summary(log: Path) -> Summary:
     records = _records(log)
     first: dict[str, Any] = next((e for e in records if e["kind"] == "start"), {})
@@ -54,4 +61,12 @@ def _records(log: Path) -> list[dict[str, Any]]:
         head = file.read(ENDS)
         file.seek(max(0, log.stat().st_size - ENDS))
         lines = (head + b"\n" + file.read()).splitlines(keepends=True)
-    return [record for line in lines if (record := read_line(line)) is not None]
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = loose(json.loads(line)) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None

@@ -57,7 +57,7 @@ class Watch:
         self._counts: dict[str, int] = {}
         self.facts: list[dict[str, Any]] = []  # as the log has them: few, since a count is told when it has doubled
         self.heard = 0  # steps that a recorder was on for
-        self._ticks = None if tick is None else Ticks(tick, Run(folder, live=self))
+        self._ticks = None if tick is None else Ticks(tick, Run(self.folder, live=self))
         self._first: list[State] = []  # the weights at the start, unless they are too large to keep
         self._recent: deque[State] = deque(maxlen=2)
         self._saved = -1

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from unstuck.diagnosis import Diagnosis, Finding
-from unstuck.record import Run
+from unstuck.record import Run, records_since
 from unstuck.report import _words as words
 from unstuck.report._screen import BADGE, Spark
 
@@ -71,7 +71,7 @@ class LiveScreen:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._curves = {name: Curve() for name in ("loss", *_PULSES)}
-        self._read = 0  # records of the log
+        self._read = 0  # bytes of the log
         self._seen: deque[tuple[float, int]] = deque(maxlen=_SPEED)
         self._size: os.terminal_size | None = None  # of the terminal that it is drawn on
         self._began = time.perf_counter()
@@ -114,13 +114,12 @@ class LiveScreen:
         self.close()
 
     def _follow(self, run: Run) -> None:
-        records = run.events
-        for e in records[self._read :]:
+        records, self._read = records_since(run.folder, self._read)
+        for e in records:
             if e["kind"] == "step" and e.get("optimizer", 0) == 0:  # the loss of another, in a GAN, is of another kind
                 for name, curve in self._curves.items():
                     if e.get(name) is not None:
                         curve.add(float(e[name]))
-        self._read = len(records)
         self._seen.append((time.perf_counter(), run.steps))
 
     def _panel(self, run: Run, known: Known, width: int) -> list[str]:
