@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.processes import command, one_sentence, start, strictly, write
+from tests.processes import command, fork, one_sentence, start, strictly, write
 from torch.nn import functional as F
 
 import unstuck
@@ -286,7 +286,10 @@ def test_a_run_is_found_by_its_folder_by_its_name_and_as_the_latest():
 def test_a_run_is_examined_without_its_script_as_the_scripts_own_objective_would_be(monkeypatch, capsys):
     pytest.importorskip("sklearn.datasets")
     steps = 56  # two epochs of 28 batches of 50: together the training set, twice
-    assert command("run", "--out", "here", str(MLP), "--steps", str(steps))[0] == 0
+    watched = fork(
+        lambda: record.run_script(MLP, ["--steps", str(steps)], folder=Path("here"), budget=1e9)
+    )  # all steps
+    assert watched.wait() == 0
     monkeypatch.setattr(sys, "argv", [str(MLP), "--steps", str(steps)])
     script = runpy.run_path(str(MLP))
     capsys.readouterr()

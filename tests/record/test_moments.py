@@ -48,7 +48,7 @@ def test_a_tick_that_diagnoses_computes_and_draws_leaves_weights_and_generator_b
         if run.steps % 20 == 0:
             run.diagnose()
 
-    with unstuck.watch(folder=tmp_path / "run", tick=tick) as run:
+    with unstuck.watch(folder=tmp_path / "run", budget=1e9, tick=tick) as run:  # every step is recorded
         watched, watched_generator = last(train(40))
     assert seen == list(range(1, 41))
     assert all(map(torch.equal, plain, watched))
