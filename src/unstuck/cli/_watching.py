@@ -49,7 +49,7 @@ def _look(run: "Run", lookout: "Lookout", console: Console, screen: "LiveScreen 
 def _warning(finding: "Finding", run: "Run") -> str:
     place = f" in {finding.where}" if finding.where and finding.where not in finding.claim else ""
     said = "".join(c if c.isprintable() else " " for c in f"{finding.code}{place}. {finding.claim}")
-    return f"unstuck: step {run.steps}: {finding.word} {said}"
+    return f"unstuck: step {run.taken}: {finding.word} {said}"
 
 
 def _first_rank() -> bool:

@@ -96,9 +96,12 @@ class Run:
     @property
     def steps(self) -> int:
         """How many optimiser steps were recorded."""
-        if self._live is not None:
-            return self._live.steps
         return next((e["step"] for e in reversed(self.events) if e["kind"] == "step"), 0)
+
+    @property
+    def taken(self) -> int:
+        """How many optimiser steps were taken: of a run that goes on without its log, else as many as were recorded."""
+        return self.steps if self._live is None else self._live.steps
 
     @property
     def seconds(self) -> float:

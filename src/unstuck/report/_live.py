@@ -120,7 +120,7 @@ class LiveScreen:
                 for name, curve in self._curves.items():
                     if e.get(name) is not None:
                         curve.add(float(e[name]))
-        self._seen.append((time.perf_counter(), run.steps))
+        self._seen.append((time.perf_counter(), run.taken))
 
     def _panel(self, run: Run, known: Known, width: int) -> list[str]:
         lines = [self._title(run, width), *self._curve_rows(run, width)]
