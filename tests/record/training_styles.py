@@ -4,6 +4,7 @@ As in training_programs.py, each gives back everything that training moves, and 
 """
 
 import random
+import sys
 import tempfile
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def workers_of_a_loader(pause):
 def distributed_data_parallel(pause):
     with tempfile.TemporaryDirectory() as folder:
         where = (Path(folder) / "meet").as_uri()
+        excepthook = sys.excepthook  # torch puts its own in place, for good
         torch.distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
         try:
             model = nn.parallel.DistributedDataParallel(mlp())
@@ -126,6 +128,7 @@ def distributed_data_parallel(pause):
             return moved(model, optimizer, looped(step, pause))
         finally:
             torch.distributed.destroy_process_group()
+            sys.excepthook = excepthook
 
 
 class Judged(nn.Module):

@@ -2,6 +2,7 @@
 
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._diagnose import diagnose
+from unstuck.diagnosis._exact import non_finite
 from unstuck.diagnosis._findings import (
     CANNOT_TELL,
     PROVED,
@@ -16,6 +17,7 @@ from unstuck.diagnosis._findings import (
     dumps,
 )
 from unstuck.diagnosis._hypotheses import HYPOTHESES, MEASURES, Hypothesis, Prediction
+from unstuck.diagnosis._lookout import Lookout
 from unstuck.diagnosis._trial import Fork, Remedy, run_trial
 
 __all__ = [
@@ -32,11 +34,13 @@ __all__ = [
     "Finding",
     "Fork",
     "Hypothesis",
+    "Lookout",
     "Prediction",
     "Remedy",
     "RuledOut",
     "Trial",
     "diagnose",
     "dumps",
+    "non_finite",
     "run_trial",
 ]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from unstuck.diagnosis._findings import Evidence
-from unstuck.objective import Constant, Instruction, Objective, Program, Slot, Tape, TapeError, Term
-from unstuck.record import Memory, Run, State
+from unstuck.objective import Constant, Instruction, Objective, Program, Slot, Tape, TapeError
+from unstuck.record import Memory, Run, State, of_tapes
 
 HELD_OUT = 30  # tapes that no arm of a trial trains on
 FIXED = 6  # tapes that stand for the data where a quantity needs a fixed batch
@@ -49,7 +49,19 @@ class Case:
         self._known: dict[str, Evidence | None] = {}
         self.reasons: dict[str, str] = {}  # why a quantity is unknown, where that was said
         self._once: dict[Callable[[Case], Any], Any] = {}
-        self.steps, self.losses = _losses(run)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that `losses` belong to."""
+        return self._course[0]
+
+    @property
+    def losses(self) -> list[float]:
+        return self._course[1]
+
+    @cached_property
+    def _course(self) -> tuple[list[int], list[float]]:
+        return _losses(self.run)
 
     def __getitem__(self, name: str) -> Evidence | None:
         """The quantity, or None where this run cannot tell it."""
@@ -110,18 +122,7 @@ class Case:
 
     def objective(self, tapes: Sequence[Tape], weights: Sequence[Tensor]) -> Objective:
         """The mean loss of tapes as a function of the parameters that take part in them."""
-        used = sorted({k for t in tapes for k in t.program.reads()})
-
-        def term(tape: Tape) -> Term:
-            def loss(values: Sequence[Tensor]) -> Tensor:
-                full = list(weights)
-                for k, value in zip(used, values, strict=True):
-                    full[k] = value
-                return tape.replay(full)
-
-            return Term(loss, 1.0)
-
-        return Objective.of_terms([term(t) for t in tapes], {str(k): weights[k] for k in used})
+        return of_tapes(tapes, weights)
 
     @cached_property
     def chance(self) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from unstuck.diagnosis._case import Case, Measure
-from unstuck.diagnosis._exact import EXACT, exact_findings, on_rank
+from unstuck.diagnosis._exact import EXACT, exact_findings, non_finite
 from unstuck.diagnosis._findings import (
     CANNOT_TELL,
     PROVED,
@@ -194,18 +194,13 @@ def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
 
 
 def _blown_up(case: Case) -> str:
-    fact = next((e for e in case.run.of("fact") if e["code"] == "non-finite"), None)
-    if fact is None:
-        return "The loss blew up"
-    origin = {"parameter": f"the weights of {fact['where']}", "forward": f"the forward pass, {fact['where']}()"}
-    where = origin.get(fact["origin"], "a place that was not recorded")
-    what = f"The loss{on_rank(fact)} is {fact['loss']} since step {fact['step']}"
-    return f"{what}, and the first number that is not finite is in {where}"
+    blown = non_finite(case.run)
+    return "The loss blew up" if blown is None else blown.claim.removesuffix(".")
 
 
 def _elsewhere(case: Case) -> list[Finding]:
     """What another rank's loss says where that of the first has no symptom."""
-    fact = next((e for e in case.run.of("fact") if e["code"] == "non-finite" and "rank" in e), None)
+    fact = next((e for e in case.run.facts if e["code"] == "non-finite" and "rank" in e), None)
     if fact is None:
         return []
     advice = f"Look at what rank {fact['rank']} alone computes with: its share of the data, its device."

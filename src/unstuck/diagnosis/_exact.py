@@ -5,6 +5,7 @@ from typing import Any
 
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
+from unstuck.record import Run
 
 OFTEN = 0.9  # the share of the steps at which a fact must hold before it is the run's habit
 LEAST_STEPS = 3
@@ -20,7 +21,7 @@ EXACT = ("non-finite-data", "zero-grad-missing", "parameters-not-optimised", "gr
 
 
 def non_finite_data(case: Case) -> Finding | None:
-    fact = _fact(case, "non-finite")
+    fact = _fact(case.run, "non-finite")
     if fact is None or fact.get("origin") != "batch":
         return None
     rows = fact.get("rows", [])
@@ -34,6 +35,23 @@ def non_finite_data(case: Case) -> Finding | None:
         "Find these rows in the data and drop or impute them; check the data once with torch.isfinite before training.",
         (Evidence.exact("rows that are not finite", len(rows), "rows of the batch with NaN or infinity"),),
     )
+
+
+def non_finite(run: Run) -> Finding | None:
+    """That the loss stopped being finite, and the first number that is not: what happened, and not why."""
+    fact = _fact(run, "non-finite")
+    if fact is None:
+        return None
+    where = fact["where"]
+    origin = {
+        "parameter": f"the weights of {where}",
+        "forward": f"the forward pass, {where}()",
+        "batch": f"the batch, {where}",
+        "unknown": "a place that was not recorded",
+    }.get(fact["origin"], f"the {fact['origin']} of {where}")
+    what = f"The loss{on_rank(fact)} is {fact['loss']} since step {fact['step']}"
+    claim = f"{what}, and the first number that is not finite is in {origin}."
+    return Finding("non-finite", SHOWN, fact["step"], where, claim, "See which cause explains it.")
 
 
 def zero_grad_missing(case: Case) -> Finding | None:
@@ -98,18 +116,18 @@ def on_rank(fact: Mapping[str, Any]) -> str:
     return f" on rank {fact['rank']}" if "rank" in fact else ""
 
 
-def _fact(case: Case, code: str) -> dict[str, Any] | None:
-    return next((e for e in case.run.of("fact") if e["code"] == code), None)
+def _fact(run: Run, code: str) -> dict[str, Any] | None:
+    return next((e for e in run.facts if e["code"] == code), None)
 
 
 def _habit(case: Case, code: str) -> tuple[dict[str, Any] | None, int]:
     """The last note of a fact that holds at nearly every step, and how many steps had been looked at by then."""
-    notes = [e for e in case.run.of("fact") if e["code"] == code]
+    notes = [e for e in case.run.facts if e["code"] == code]
     if not notes:
         return None, 0
     last = notes[-1]
     looked = last["of"]
-    every = case.run.steps if code == "stale-gradient" else case.run.heard or looked
+    every = case.run.taken if code == "stale-gradient" else case.run.heard or looked
     # Notes come at counts 1, 2, 4, 8 …: a habit's count keeps up with the steps looked at.
     lasted = last["count"] >= LEAST_STEPS - 1 and last["count"] >= OFTEN * (looked - 1) and every < 3 * looked + 2
     return (last if lasted else None), looked

@@ -2,15 +2,16 @@
 
 import contextlib
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
 
-from unstuck.objective import Tape, TapeError, unpack
+from unstuck.objective import Objective, Tape, TapeError, unpack
 from unstuck.record._log import NAME, blocks, loose, placed, read_facts, read_log
+from unstuck.record._objective import of_run
 from unstuck.record._ranks import logs_of_ranks, ranked
 from unstuck.record._series import Series
 from unstuck.record._state import State, shelved, unpack_state
@@ -30,6 +31,14 @@ class Memory:
 class Live(Protocol):
     """What a run needs of the watcher that still writes it."""
 
+    @property
+    def steps(self) -> int: ...
+    @property
+    def heard(self) -> int: ...
+    @property
+    def overhead(self) -> float: ...
+    @property
+    def facts(self) -> Sequence[dict[str, Any]]: ...
     def flush(self) -> None: ...
     def save(self) -> None: ...
     def paused(self) -> contextlib.AbstractContextManager[None]: ...
@@ -121,6 +130,14 @@ class Run:
         return next((e[name] for e in reversed(self._told) if name in e), None)
 
     @property
+    def facts(self) -> list[dict[str, Any]]:
+        """What needs no interpretation: a graph cut, gradients that nobody cleared, a loss that is not finite.
+
+        Of a run that goes on they are read without its log, in the same short time at any length of it.
+        """
+        return self.of("fact") if self._live is None else list(self._live.facts)
+
+    @property
     def header(self) -> Mapping[str, Any]:
         """What was run, with what: script, argv, started, versions."""
         return next(iter(self.of("start")), {})
@@ -136,6 +153,11 @@ class Run:
         return int(self._series.last("step") or 0)
 
     @property
+    def taken(self) -> int:
+        """How many optimiser steps were taken: of a run that goes on without its log, else as many as were recorded."""
+        return self.steps if self._live is None else self._live.steps
+
+    @property
     def seconds(self) -> float:
         """The time of the last record."""
         return float(max(self._last("time") or 0.0, self._series.last("time") or 0.0))
@@ -143,11 +165,15 @@ class Run:
     @property
     def heard(self) -> int:
         """How many steps a recorder was on for; 0 where the run was killed."""
+        if self._live is not None:
+            return self._live.heard
         return self._last("heard") or 0
 
     @property
     def overhead(self) -> float:
         """The share of the run's time that watching took; NaN where the run was killed."""
+        if self._live is not None:
+            return self._live.overhead
         found = self._last("overhead")
         return float("nan") if found is None else float(found)
 
@@ -161,6 +187,14 @@ class Run:
         """The steps at which a quantity was recorded, and its values: "loss", "grad_norm", "update_ratio", "lr"."""
         self._up_to_date()
         return self._series.get(name)
+
+    def objective(self) -> Objective:
+        """The mean loss over the recorded steps at the last finite weights; it needs no script.
+
+        Each step counts the same, as it did in the training, and steps that repeat one batch are computed once. Buffers
+        and dropout masks are those of each step. ValueError where the run kept no step, or no finite weights.
+        """
+        return of_run(self)
 
     def memory(self) -> Memory | None:
         """The tapes and states, or None where the run left none."""

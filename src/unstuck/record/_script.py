@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unstuck.record._log import NAME
+from unstuck.record._log import NAME, placed
+from unstuck.record._moments import Stopped, Tick, on_sigterm
 from unstuck.record._ranks import ranked
 from unstuck.record._run import Run
-from unstuck.record._watch import Watch, new_folder
+from unstuck.record._runs import new_folder
+from unstuck.record._watch import Watch
 
 WATCHER = tuple(str(Path(__file__).parents[1] / room) for room in ("record", "objective"))  # whose frames are ours
 
@@ -37,17 +39,23 @@ class _NoModule(ValueError):
 
 
 def run_script(
-    script: str | Path, argv: Sequence[str] = (), *, folder: Path | None = None, budget: float = 0.02
+    script: str | Path,
+    argv: Sequence[str] = (),
+    *,
+    folder: Path | None = None,
+    budget: float = 0.02,
+    tick: Tick | None = None,
 ) -> Outcome:
     """Runs `script` with `argv` in this process as the main program, watched, and gives back what was recorded.
 
     An exception in the script is printed as Python prints it. ValueError where it cannot be read or does not compile.
+    `tick(run)` is called after a step, at most twice a second; where it raises Stopped, the status is 1.
     """
     path = Path(script)
     file = str(script) if path.is_absolute() else f"{Path.cwd()}/{script}"  # as Python calls it, `./` and all
     code = _compiled(path, file)
     place = new_folder(path.stem) if folder is None else folder
-    watcher = Watch(place.absolute(), budget=budget)  # the script may change the working directory
+    watcher = Watch(placed(place), budget=budget, tick=tick)  # the script may change the working directory
     with _as_main([str(script), *argv], str(Path(file).resolve().parent)) as main:
         loader = SourceFileLoader("__main__", file)
         main.__dict__.update(__file__=file, __cached__=None, __loader__=loader)
@@ -55,7 +63,14 @@ def run_script(
     return _outcome(place, watcher.rank, ending, status)
 
 
-def run_module(module: str, argv: Sequence[str] = (), *, folder: Path | None = None, budget: float = 0.02) -> Outcome:
+def run_module(
+    module: str,
+    argv: Sequence[str] = (),
+    *,
+    folder: Path | None = None,
+    budget: float = 0.02,
+    tick: Tick | None = None,
+) -> Outcome:
     """Runs `module` with `argv` as `python -m MODULE` would, watched: like `run_script`, whose errors it shares.
 
     ValueError where there is no such module or it cannot be run. What a package does when it is imported on the way
@@ -64,7 +79,7 @@ def run_module(module: str, argv: Sequence[str] = (), *, folder: Path | None = N
     with _as_main(["-m", *argv], str(Path.cwd())) as main:
         spec, code = _found(module)
         place = new_folder(module) if folder is None else folder
-        watcher = Watch(place.absolute(), budget=budget)
+        watcher = Watch(placed(place), budget=budget, tick=tick)
         main.__dict__.update(__spec__=spec, __package__=spec.parent, __loader__=spec.loader)
         main.__dict__.update(__file__=spec.origin, __cached__=spec.cached)
         sys.argv[0] = str(spec.origin)
@@ -78,12 +93,15 @@ def _watched(watcher: Watch, name: str, main: ModuleType, code: CodeType) -> tup
     ending, status = "finished", 0
     watcher.start(name, sys.argv[1:])
     try:
-        exec(code, main.__dict__)
+        with on_sigterm(lambda: watcher.stop("terminated")):
+            exec(code, main.__dict__)
     except SystemExit as stop:
         status = _status(stop)
         ending = f"left with status {status}" if status else ending
     except KeyboardInterrupt:
         ending, status = "interrupted", 130
+    except Stopped as stop:
+        ending, status = str(stop), 1
     except BaseException as error:
         ending, status = f"raised {type(error).__name__}", 1
         status = _print(error)

@@ -24,12 +24,13 @@ from unstuck.record._hooks import Hooks
 from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import models_alive, parameter_names
+from unstuck.record._moments import Stopped, Tick, Ticks
 from unstuck.record._pulses import Pulses
-from unstuck.record._ranks import own_rank, ranked, shared_folder
+from unstuck.record._ranks import own_rank, ranked
 from unstuck.record._run import TAPES, Run
+from unstuck.record._runs import new_folder
 from unstuck.record._state import Shelf, State, pack_state, snapshot
 
-FOLDER = Path("unstuck-runs")
 FIRST_TAPES = 16  # that need not wait for the promised share
 FREE_SECONDS = 2.0  # what they, and those after an alarm, may take at once; later tapes wait until it is made up for
 MARGIN = 0.7  # of the promised share: the rest is for what we cannot time, as the caches that we use
@@ -42,7 +43,9 @@ SAFE_SECONDS = 30.0  # when that happens first; then at twice the time, and so o
 class Watch:
     """The watcher of one process: `start` it, and `stop` it whatever happens in between."""
 
-    def __init__(self, folder: Path, *, models: Sequence[nn.Module] = (), budget: float = 0.02) -> None:
+    def __init__(
+        self, folder: Path, *, models: Sequence[nn.Module] = (), budget: float = 0.02, tick: Tick | None = None
+    ) -> None:
         self.rank = own_rank()
         name = ranked(NAME, self.rank)
         if (folder / name).exists():
@@ -67,7 +70,9 @@ class Watch:
         self._skipped = 0  # steps that a GradScaler left out
         self._finite = True  # whether the last loss was
         self._counts: dict[str, int] = {}
-        self._heard = 0  # steps that a recorder was on for
+        self.facts: list[dict[str, Any]] = []  # as the log has them: few, since a count is told when it has doubled
+        self.heard = 0  # steps that a recorder was on for
+        self._ticks = None if tick is None else Ticks(tick, Run(self.folder, live=self, rank=self.rank))
         self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
         self._alarm = Alarm()
         self._pace = 0.0  # seconds of a step without us, the latest counting most
@@ -109,8 +114,8 @@ class Watch:
         self.save()
         end = {
             "time": self._elapsed(),
-            "overhead": self._overhead(),
-            "heard": self._heard,
+            "overhead": self.overhead,
+            "heard": self.heard,
             "refusals": self._deck.refusals,
         }
         self._log.write("end", outcome=outcome, **end)
@@ -251,10 +256,12 @@ class Watch:
         if over < 0 or (self._wanted > 0 and over < FREE_SECONDS):  # the next one is recorded too
             self._wanted -= 1
             self._deck.listen()
+        if self._ticks is not None:
+            self._hooks.seconds -= self._ticks()  # which has its own share
 
     def _heard_step(self, recorder: Recorder, optimizer: torch.optim.Optimizer, *, fit: bool) -> Tape | None:
         """The tape of the step that was recorded, if it can be trusted."""
-        self._heard += 1
+        self.heard += 1
         tape = self._deck.compiled(recorder, self.steps + 1)
         if tape is not None and fit and not self._deck.check(tape, _moved(optimizer)):
             tape = None
@@ -263,10 +270,10 @@ class Watch:
         cut = cut_off(recorder, optimizer)
         if cut:
             function, line = recorder.cuts[0]
-            self._counted("graph-cut", of=self._heard, names=[self._name(p) for p in cut], function=function, line=line)
+            self._counted("graph-cut", of=self.heard, names=[self._name(p) for p in cut], function=function, line=line)
         lost = orphans(recorder, self._optimizers)
         if lost:
-            self._counted("orphan-gradient", of=self._heard, names=[self._name(p) for p in lost])
+            self._counted("orphan-gradient", of=self.heard, names=[self._name(p) for p in lost])
         return tape
 
     def _look(self, step: int, loss: float) -> None:
@@ -353,7 +360,9 @@ class Watch:
 
     def _fact(self, code: str, **values: Any) -> None:
         self._journal.settle()  # the steps before it come first
-        self._log.write("fact", code=code, **{"step": self.steps + 1, **values})
+        fact = {"code": code, "step": self.steps + 1, **values}
+        self.facts.append({"kind": "fact", **fact})
+        self._log.write("fact", **fact)
 
     def _learn_names(self) -> None:
         self._names = parameter_names(self._leaves, self._models)
@@ -378,8 +387,11 @@ class Watch:
     def _elapsed(self) -> float:
         return time.perf_counter() - self._began
 
-    def _overhead(self) -> float:
-        return self._spent() / max(self._elapsed(), 1e-9)
+    @property
+    def overhead(self) -> float:
+        """The share of the time that watching takes, looks at the run included."""
+        ticks = 0.0 if self._ticks is None else self._ticks.seconds
+        return (self._spent() + ticks) / max(self._elapsed() + ticks, 1e-9)
 
 
 @contextlib.contextmanager
@@ -389,17 +401,19 @@ def watch(
     *,
     folder: str | Path | None = None,
     budget: float = 0.02,
+    tick: Tick | None = None,
 ) -> Iterator[Run]:
     """Watches the training inside the block; the loop in it stays as it is.
 
     Model and optimiser are found by themselves where they are not given. The run is written to `folder` (by default a
     new one below `unstuck-runs`) and can be read at any time. `budget` is the share of the time that recording may
-    take.
+    take. `tick(run)` is called after a step, at most twice a second, and may raise `unstuck.record.Stopped` to end the
+    run; any other error in it does the training no harm.
     """
     script = getattr(sys.modules.get("__main__"), "__file__", None) or "interactive session"
     place = Path(folder) if folder is not None else new_folder(Path(script).stem)
-    place = place.absolute()  # the training may change the working directory
-    watcher = Watch(place, models=[] if model is None else [model], budget=budget)
+    place = placed(place)  # the training may change the working directory
+    watcher = Watch(place, models=[] if model is None else [model], budget=budget, tick=tick)
     watcher.start(script, sys.argv[1:], [] if optimizer is None else [optimizer])
     outcome = "finished"
     run = Run(place, live=watcher, rank=watcher.rank)
@@ -408,32 +422,14 @@ def watch(
     except KeyboardInterrupt:
         outcome = "interrupted"
         raise
+    except Stopped as stop:
+        outcome = str(stop)
+        raise
     except BaseException as error:
         outcome = f"raised {type(error).__name__}"
         raise
     finally:
         watcher.stop(outcome)
-
-
-def new_folder(name: str) -> Path:
-    """Makes a folder for a run, named after the time and the script; no other run has it.
-
-    Ranks that train together get one folder.
-    """
-    rank = own_rank()
-    if rank is not None:
-        return shared_folder(FOLDER, name, ranked(NAME, rank))
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
-    folder = FOLDER / f"{stamp}-{name}"
-    for k in range(2, 1000):
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            folder = FOLDER / f"{stamp}-{name}-{k}"
-        except OSError:
-            break  # the log will say so
-    return folder
 
 
 def _moved(optimizer: torch.optim.Optimizer) -> list[Tensor]:

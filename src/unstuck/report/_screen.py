@@ -18,7 +18,7 @@ from unstuck.diagnosis import CANNOT_TELL, PROVED, SHOWN, SUSPECT, Diagnosis, Fi
 from unstuck.report import _words as words
 
 # Terminal colours, not fixed ones: they follow the user's light or dark theme. Filled means that an experiment decided.
-_BADGE = {PROVED: "bold reverse red", SHOWN: "bold reverse blue", SUSPECT: "bold magenta", CANNOT_TELL: "bold dim"}
+BADGE = {PROVED: "bold reverse red", SHOWN: "bold reverse blue", SUSPECT: "bold magenta", CANNOT_TELL: "bold dim"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _NAME = 26  # columns for a name
 WIDEST = 104  # longer lines are hard to read
@@ -49,7 +49,7 @@ def _finding(finding: Finding) -> RenderableType:
     head = Table.grid(padding=(0, 1, 0, 0))
     since = f"  {words.since(finding).lower()}" + (f" in {words.printable(finding.where)}" if finding.where else "")
     cause = Text.assemble((words.printable(finding.code), "bold"), (since, "dim"), overflow="fold")
-    head.add_row(Text(f" {finding.word} ", _BADGE[finding.word], no_wrap=True), cause)
+    head.add_row(Text(f" {finding.word} ", BADGE[finding.word], no_wrap=True), cause)
     body: list[RenderableType] = [Text(words.printable(finding.claim), overflow="fold")]
     if finding.evidence:
         body += ["", Fitting(firm(_evidence(finding), 1, 2, 3), _evidence(finding))]

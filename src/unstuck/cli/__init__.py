@@ -1,27 +1,23 @@
 """The command: each subcommand parses, calls one public function and prints. Verdicts go to stderr, data to stdout."""
 
 import contextlib
-import importlib.util
-import inspect
+import dataclasses
 import io
 import json
 import sys
-import traceback
 from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from unstuck.cli._task import CANNOT, found, loaded, share
+
 if TYPE_CHECKING:
-    from unstuck.critical import CriticalPoint
     from unstuck.diagnosis import Diagnosis
-    from unstuck.objective import Objective
-    from unstuck.record import Run
+    from unstuck.record import Run, Summary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,29 +27,39 @@ app = typer.Typer(
     help="Finds out why a neural network stops training, and proves the cure.",
 )
 PASS_ON = {"allow_interspersed_args": False, "ignore_unknown_options": True}
-CANNOT = 2  # exit status: bad input, or nothing could be told
+RunArg = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="A run folder, or its name below unstuck-runs (default: the latest)."),
+]
 JsonOut = Annotated[str | None, typer.Option("--json", metavar="OUT", help="Write the result as JSON; - is stdout.")]
 
 
 @app.command(context_settings=PASS_ON)
 def run(
-    script: Annotated[str, typer.Argument(help="A Python script that trains; it stays as it is.")],
+    script: Annotated[str, typer.Argument(help="A Python script that trains, or with -m a module.")],
     args: Annotated[list[str] | None, typer.Argument(help="Its own arguments.")] = None,
+    module: Annotated[bool, typer.Option("-m", help="Run a module, as `python -m MODULE`.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Show the loss, the pulses and what is suspected.")] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End the run at a fault that is PROVED or SHOWN.")] = False,
     out: Annotated[Path | None, typer.Option(help="The run folder (default: a new one below unstuck-runs).")] = None,
     json_out: JsonOut = None,
-    budget: Annotated[float, typer.Option(help="The share of the time that recording may take.")] = 0.02,
+    budget: Annotated[str, typer.Option(metavar="SHARE", help="The share of the time that recording may take.")] = "2%",
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 when a fault is SHOWN or PROVED.")] = False,
 ) -> None:
-    """Runs SCRIPT with its arguments, watched, and says at the end why it is stuck, if it is.
+    """Runs SCRIPT, or -m MODULE, with its arguments, watched, and says at the end why it is stuck, if it is.
 
-    The script's own output and exit status pass through.
+    The script's own output and exit status pass through. A fault that is SHOWN on the way is told in a line on stderr;
+    with --stop it ends the run, with status 1.
     """
+    from unstuck import record
+    from unstuck.cli._watching import watching
     from unstuck.diagnosis import diagnose
-    from unstuck.record import run_script
 
     _check_json(json_out)
-    done = run_script(script, args or [], folder=out, budget=budget)
-    console = _console()
+    console, allowed = _console(), share(budget)
+    start = record.run_module if module else record.run_script
+    with watching(console, live=live, stop=stop) as (tick, lookout):
+        done = start(script, args or [], folder=out, budget=allowed, tick=tick)
     if done.run is None:
         console.print("unstuck: the run folder could not be written: there is nothing to diagnose.", soft_wrap=True)
         raise typer.Exit(done.status)
@@ -66,12 +72,15 @@ def run(
             soft_wrap=True,
         )
         if json_out is not None:
-            _write_json(diagnose(done.run), json_out)
+            _write_json(diagnose(done.run).to_json(), json_out)
         raise typer.Exit(done.status)
     if done.interrupted:
         console.print("unstuck: diagnosing… (Ctrl-C again leaves at once)")
+    elif done.run.outcome.startswith("stopped"):
+        told = done.run.outcome.replace("by unstuck", f"at step {done.run.steps}")
+        console.print(f"unstuck: {told}.", markup=False, highlight=False, soft_wrap=True)
     try:
-        fault = _is_fault(_verdict(done.run, console, json_out))
+        fault = _is_fault(_verdict(done.run, console, json_out, known=lookout.verdict(done.run)))
     except Exception as error:  # whatever it is, the status stays the script's own
         console.print(f"unstuck: the diagnosis failed: {type(error).__name__}: {error}", markup=False, soft_wrap=True)
         raise typer.Exit(done.status) from None
@@ -79,14 +88,31 @@ def run(
 
 
 @app.command()
+def runs(json_out: JsonOut = None) -> None:
+    """Lists the runs below unstuck-runs, newest first, with the verdict of those that were diagnosed."""
+    from unstuck.record import runs
+    from unstuck.report import runs_table
+
+    _check_json(json_out)
+    found = [(run, _known(run.folder)) for run in runs()]
+    if json_out is not None:
+        _write_json([_listed(run, known) for run, known in found], json_out)
+    elif found:
+        width = None if sys.stdout.isatty() else 10_000  # a pipe gets whole lines
+        Console(width=width).print(runs_table(found))
+    else:
+        _console().print("unstuck: there are no runs below unstuck-runs: `unstuck run SCRIPT` makes one.")
+
+
+@app.command()
 def diagnose(
-    folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder (default: the latest).")] = None,
+    run: RunArg = None,
     json_out: JsonOut = None,
 ) -> None:
     """Diagnoses a recorded run again. Exit status: 0 healthy, 1 a fault was found, 2 cannot tell."""
     from unstuck.record import Run
 
-    recorded = Run(folder or _latest())
+    recorded = Run(found(run))
     console = _console()
     if recorded.steps == 0:
         raise ValueError(f"a run with optimiser steps was needed, but {recorded.folder} has recorded none")
@@ -95,27 +121,24 @@ def diagnose(
 
 @app.command()
 def report(
-    folder: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder (default: the latest).")] = None,
+    run: RunArg = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file (default: report.html in the run folder).")
     ] = None,
 ) -> None:
     """Writes one HTML file with the verdict, its evidence and the run's curves; it opens without a network."""
-    from unstuck.diagnosis import Diagnosis
     from unstuck.record import Run
 
-    recorded = Run(folder or _latest())
-    known = recorded.folder / DIAGNOSIS
-    if known.is_file():
-        result = Diagnosis.from_json(json.loads(known.read_text(encoding="utf-8")))
-    else:
-        result = _diagnosed(recorded, _console())
+    recorded = Run(found(run))
+    result = _known(recorded.folder) or _diagnosed(recorded, _console())
     typer.echo(_write_report(result, recorded, out))
 
 
 @app.command()
 def examine(
-    task: Annotated[str, typer.Argument(metavar="FILE[:NAME]", help="A Python file and a name in it.")],
+    task: Annotated[
+        str, typer.Argument(metavar="FILE[:NAME]|RUN", help="A Python file and a name in it, or a run folder.")
+    ],
     json_out: JsonOut = None,
     tol: Annotated[float, typer.Option(help="Error of the two ends, relative to the larger.")] = 1e-3,
     max_products: Annotated[int, typer.Option(help="The most Hessian products for the two ends.")] = 300,
@@ -124,7 +147,8 @@ def examine(
     """Tells what kind of point the weights stand at: saddle, minimum or none, the spectrum's ends, the rate limit.
 
     FILE:NAME is an unstuck.Objective, or a function without arguments that returns one; NAME is `objective` where it
-    is left out. Exit status: 0 told, 2 cannot.
+    is left out. RUN is a run folder or its name below unstuck-runs: then the loss is the mean over the steps that the
+    run recorded, at its last finite weights. Exit status: 0 told, 2 cannot.
     """
     import torch
 
@@ -133,13 +157,13 @@ def examine(
 
     _check_json(json_out)
     console = _console()
-    with _loaded(task) as objective:
+    with loaded(task) as (objective, title):
         generator = torch.Generator(objective.device).manual_seed(seed)
         with _bar(console, "the gradient") as progress:
             point = examine(objective, tol=tol, max_products=max_products, generator=generator, progress=progress)
-    console.print(point_table(point, title=task))
+    console.print(point_table(point, title=title))
     if json_out is not None:
-        _write_json(point, json_out)
+        _write_json(point.to_json(), json_out)
 
 
 @app.command()
@@ -170,15 +194,21 @@ def demo(
 DIAGNOSIS = "diagnosis.json"
 
 
-def _verdict(recorded: "Run", console: Console, json_out: str | None) -> "Diagnosis":
-    """Diagnoses, prints, and writes JSON where asked."""
+def _verdict(
+    recorded: "Run", console: Console, json_out: str | None, *, known: "Diagnosis | None" = None
+) -> "Diagnosis":
+    """Diagnoses where that was not done yet, prints, and writes JSON where asked."""
+    from unstuck.diagnosis import non_finite
     from unstuck.report import screen
 
-    result = _diagnosed(recorded, console)
+    result = _diagnosed(recorded, console, known=known)
     console.print(screen(result))
+    blown = non_finite(recorded)
+    if blown is not None and not any(f"since step {blown.step}" in f.claim for f in result.findings):
+        console.print(f" {blown.claim}", markup=False, highlight=False)
     console.print(f"Run: {recorded.folder}   unstuck report {recorded.folder}", style="dim", soft_wrap=True)
     if json_out is not None:
-        _write_json(result, json_out)
+        _write_json(result.to_json(), json_out)
     return result
 
 
@@ -188,11 +218,27 @@ def _is_fault(result: "Diagnosis") -> bool:
     return any(f.word in (PROVED, SHOWN) for f in result.findings)
 
 
-def _diagnosed(recorded: "Run", console: Console) -> "Diagnosis":
+def _known(folder: Path) -> "Diagnosis | None":
+    """The diagnosis that a run folder keeps, if it can be read."""
+    from unstuck.diagnosis import Diagnosis
+
+    try:
+        return Diagnosis.from_json(json.loads((folder / DIAGNOSIS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError):
+        return None
+
+
+def _listed(run: "Summary", known: "Diagnosis | None") -> dict[str, Any]:
+    findings = None if known is None else [{"code": f.code, "word": f.word} for f in known.findings]
+    verdict = None if known is None else {"status": known.status, "findings": findings}
+    return {**dataclasses.asdict(run), "folder": str(run.folder), "verdict": verdict}
+
+
+def _diagnosed(recorded: "Run", console: Console, *, known: "Diagnosis | None" = None) -> "Diagnosis":
     from unstuck.diagnosis import diagnose, dumps
 
     with _bar(console, "reading the run") as progress:
-        result = diagnose(recorded, progress=progress)
+        result = known or diagnose(recorded, progress=progress)
     try:
         (recorded.folder / DIAGNOSIS).write_text(dumps(result.to_json()), encoding="utf-8")
     except OSError as error:
@@ -213,91 +259,12 @@ def _check_json(out: str | None) -> None:
         raise ValueError(f"--json needs a file in a folder that exists, got {out}")
 
 
-def _write_json(result: "Diagnosis | CriticalPoint", out: str) -> None:
-    from unstuck.diagnosis import dumps
-
-    text = dumps(result.to_json())
+def _write_json(data: Any, out: str) -> None:
+    text = json.dumps(data, allow_nan=False, ensure_ascii=False)
     if out == "-":
         typer.echo(text)
     else:
         Path(out).write_text(text + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _loaded(task: str) -> Iterator["Objective"]:
-    """The objective that `FILE:NAME` stands for; what is printed meanwhile goes to stderr.
-
-    An error of ours is one sentence; one of the user's code is shown as a traceback from that code on.
-    """
-    file, _, name = task.rpartition(":") if ":" in task and not Path(task).is_file() else (task, "", "")
-    path = Path(file)
-    title = path.stem
-    while title in sys.modules:  # a file may be called json.py
-        title = f"_{title}"
-    loader = SourceFileLoader(title, str(path))
-    spec = importlib.util.spec_from_file_location(title, path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        code = compile(path.read_bytes(), str(path), "exec", dont_inherit=True)  # without leaving a __pycache__
-    except OSError as error:
-        raise ValueError(f"a Python file was needed, but {path} cannot be read: {error.strerror}") from None
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"a Python file was needed, but {path} does not compile: {error}") from None
-    was = sys.path[:]
-    sys.path.insert(0, str(path.resolve().parent))
-    sys.modules[title] = module  # where dataclasses and pickle look for it
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            exec(code, module.__dict__)
-            yield _objective(module, path, name or "objective")
-    except SystemExit as stop:
-        raise ValueError(f"an objective was needed, but {path} called sys.exit({stop.code!r})") from None
-    except Exception as error:
-        raise _explained(error, path) from None
-    finally:
-        sys.path[:] = was
-        sys.modules.pop(title, None)
-
-
-def _objective(module: ModuleType, path: Path, name: str) -> "Objective":
-    from unstuck.objective import Objective
-
-    if not hasattr(module, name):
-        known = [key for key, value in vars(module).items() if isinstance(value, Objective)]
-        hint = f"it has {', '.join(known)}" if known else "build an unstuck.Objective under this name"
-        raise ValueError(f"{path} needs an attribute {name!r}, got none: {hint}")
-    found, what = getattr(module, name), name
-    if inspect.isroutine(found):
-        try:
-            inspect.signature(found).bind()
-        except TypeError:
-            raise ValueError(
-                f"{name} needs to be a function without arguments, got {name}{inspect.signature(found)}"
-            ) from None
-        found, what = found(), f"{name}()"
-    if not isinstance(found, Objective):
-        kind = type(found).__name__
-        raise ValueError(
-            f"{what} in {path} needs to be an unstuck.Objective, or a function that returns one, got {kind}"
-        )
-    return found
-
-
-def _explained(error: Exception, path: Path) -> Exception:
-    """What to raise for an error in the user's code or in ours; a traceback of the former is printed."""
-    trace = error.__traceback__
-    files = [(f.f_code.co_name, Path(f.f_code.co_filename).resolve()) for f, _ in traceback.walk_tb(trace)]
-    beside = [file.parent == path.resolve().parent for _, file in files]  # the user's file, or one that it imports
-    # torch calls ours between the user's code and its own, which may be C and leave no frame
-    innermost = [file for name, file in files if name != "__torch_function__"][-1]
-    ours = innermost.is_relative_to(Path(__file__).resolve().parent)
-    if ours and (isinstance(error, ValueError) or (isinstance(error, RuntimeError | TypeError) and not any(beside))):
-        return ValueError(str(error))
-    for _ in range(beside.index(True) if any(beside) else 0):
-        trace = trace.tb_next if trace else None
-    sys.excepthook(type(error), error.with_traceback(trace), trace)
-    return typer.Exit(CANNOT)
 
 
 @contextlib.contextmanager
@@ -309,15 +276,6 @@ def _bar(console: Console, text: str) -> Iterator:
         yield lambda text, share: bar.update(task, description=text, completed=share)
 
 
-def _latest() -> Path:
-    from unstuck.record import FOLDER
-
-    runs = sorted(FOLDER.glob("*/log.jsonl"), key=lambda p: p.stat().st_mtime)
-    if not runs:
-        raise ValueError(f"a run folder was needed, but there is none below {FOLDER}: `unstuck run SCRIPT` makes one")
-    return runs[-1].parent
-
-
 def _console() -> Console:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -326,8 +284,8 @@ def _console() -> Console:
 
 
 def _with_json_default(argv: list[str]) -> list[str]:
-    """`diagnose RUN --json` and `examine TASK --json` without a place mean stdout."""
-    if argv[:1] not in (["diagnose"], ["examine"]):
+    """`diagnose RUN --json`, `examine TASK --json` and `runs --json` without a place mean stdout."""
+    if argv[:1] not in (["diagnose"], ["examine"], ["runs"]):
         return argv
     done: list[str] = []
     for k, word in enumerate(argv):
