@@ -65,10 +65,16 @@ def surroundings():
     return {
         "pre hooks": dict(optim._global_optimizer_pre_hooks),
         "post hooks": dict(optim._global_optimizer_post_hooks),
+        "module hooks": dict(nn.modules.module._global_forward_pre_hooks),
         "calls": (
             torch.autograd.backward,
             torch.optim.Optimizer.__init__,
             torch.compile,
+            torch.optim.Optimizer.zero_grad,
+            nn.Module.zero_grad,
+            nn.utils.clip_grad_norm_,
+            torch.optim.lr_scheduler.LRScheduler.step,
+            torch.amp.GradScaler.scale,
             torch.overrides.has_torch_function,
         ),
         "modes": list(_get_current_function_mode_stack()),

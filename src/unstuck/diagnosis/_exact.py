@@ -21,17 +21,21 @@ EXACT = ("non-finite-data", "zero-grad-missing", "parameters-not-optimised", "gr
 
 
 def non_finite_data(case: Case) -> Finding | None:
-    fact = _fact(case.run, "non-finite")
-    if fact is None or fact.get("origin") != "batch":
+    blown, later = _fact(case.run, "non-finite"), _fact(case.run, "non-finite-batch")
+    if blown is None or (blown.get("origin") != "batch" and later is None):
         return None
+    fact = blown if later is None else later
     rows = fact.get("rows", [])
+    since = f"The loss{on_rank(blown)} is {blown['loss']} since step {blown['step']}"
     return Finding(
         "non-finite-data",
         SHOWN,
-        fact["step"],
+        blown["step"],
         f"{fact['where']}, {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows))}",
-        f"The loss{on_rank(fact)} is {fact['loss']} since step {fact['step']} because the batch itself holds "
-        "numbers that are not finite; the weights were still finite before it.",
+        f"{since} because the batch itself holds numbers that are not finite; the weights were still finite before it."
+        if later is None
+        else f"{since}. That step was not recorded, but the batch of step {fact['step']} itself holds numbers that are "
+        "not finite, and one such batch is enough.",
         "Find these rows in the data and drop or impute them; check the data once with torch.isfinite before training.",
         (Evidence.exact("rows that are not finite", len(rows), "rows of the batch with NaN or infinity"),),
     )

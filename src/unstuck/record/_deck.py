@@ -43,7 +43,7 @@ class Deck:
         """Starts to record, unless part of the script is compiled or a recorder is lost."""
         if self._recorder is not None or self._stranded is not None:
             return
-        if _compiled():
+        if anything_compiled():
             self.refuse("part of the script is compiled (torch.compile): its calls cannot be seen")
             return
         self._recorder = Recorder(self._leaves)
@@ -106,7 +106,8 @@ class Deck:
         """Whether the replay gives the loss and the gradient that the step really had; also whether it was due."""
         self._made += 1
         new = not any(tape.program is p for p in self._programs)
-        if not (new and len(self._programs) < 16) and self._made & (self._made - 1):
+        seldom = self._made.bit_count() == 1 and self._made.bit_length() % 2  # 1, 4, 16, 64 …
+        if not (new and len(self._programs) < 16) and not seldom:
             return not new
         values = [p.detach().requires_grad_() for p in self._leaves]
         wanted = [k for k, p in enumerate(self._leaves) if any(p is q for q in parameters) and p.grad is not None]
@@ -187,6 +188,7 @@ def _dispatch_seconds(calls: int = 200) -> float:
         return max(timed() - plain, 0.0)
 
 
-def _compiled() -> bool:
+def anything_compiled() -> bool:
+    """Whether torch.compile was called in this process."""
     frame = sys.modules.get("torch._dynamo.eval_frame")
     return any(callable(b) for b in getattr(frame, "cached_backends", {}).values())

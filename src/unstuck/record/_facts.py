@@ -71,6 +71,17 @@ def orphans(recorder: Recorder, optimizers: Sequence[torch.optim.Optimizer]) -> 
     return [p for p in used if p.requires_grad and p.grad is not None and id(p) not in moved]
 
 
+def nonfinite_batch(tape: Tape) -> dict[str, Any] | None:
+    """The input of the step that holds NaN or infinity, and in which rows; −infinity is what masks are made of."""
+    for k, constant in enumerate(tape.constants):
+        if constant.is_floating_point() and bool((constant.isnan() | constant.isposinf()).any()):
+            flat = constant.flatten(1) if constant.dim() > 1 else constant.unsqueeze(-1)
+            rows = (~flat.isfinite()).any(-1).nonzero().flatten().tolist()
+            where = f"input {k} of the step, shape {tuple(constant.shape)}"
+            return {"origin": "batch", "where": where, "rows": rows[:20]}
+    return None
+
+
 def first_nonfinite(tape: Tape | None, leaves: Sequence[Tensor], name: Callable[[Tensor], str]) -> dict[str, Any]:
     """Where the first number that is not finite arose: a parameter, the batch, or a call of the forward pass."""
     for leaf in leaves:
@@ -78,15 +89,9 @@ def first_nonfinite(tape: Tape | None, leaves: Sequence[Tensor], name: Callable[
             return {"origin": "parameter", "where": name(leaf)}
     if tape is None:
         return {"origin": "unknown", "where": ""}
-    for k, constant in enumerate(tape.constants):
-        if constant.is_floating_point() and bool((constant.isnan() | constant.isposinf()).any()):
-            flat = constant.flatten(1) if constant.dim() > 1 else constant.unsqueeze(1)
-            rows = (~flat.isfinite()).any(1).nonzero().flatten().tolist()
-            return {
-                "origin": "batch",
-                "where": f"input {k} of the step, shape {tuple(constant.shape)}",
-                "rows": rows[:20],
-            }
+    batch = nonfinite_batch(tape)
+    if batch is not None:
+        return batch
     found: list[str] = []
 
     def look(call: Any, args: Any, result: Any) -> None:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from unstuck.objective import Recorder, Tape, TapeError, caller, pack
-from unstuck.record._deck import KEPT, Deck
-from unstuck.record._facts import StaleGradients, cut_off, first_nonfinite, orphans
+from unstuck.record._deck import KEPT, Deck, anything_compiled
+from unstuck.record._facts import StaleGradients, cut_off, first_nonfinite, nonfinite_batch, orphans
 from unstuck.record._governor import Alarm, Clock
 from unstuck.record._hooks import Hooks
 from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
-from unstuck.record._models import models_alive, parameter_names
+from unstuck.record._models import Called, models_alive, parameter_names
 from unstuck.record._moments import Stopped, Tick, Ticks
 from unstuck.record._pulses import Pulses
 from unstuck.record._ranks import own_rank, ranked
@@ -34,6 +34,7 @@ from unstuck.record._state import Shelf, State, pack_state, snapshot
 FIRST_TAPES = 16  # that need not wait for the promised share
 FREE_SECONDS = 2.0  # what they, and those after an alarm, may take at once; later tapes wait until it is made up for
 MARGIN = 0.7  # of the promised share: the rest is for what we cannot time, as the caches that we use
+FIRST_STEPS = 4  # in which all models are called, some of them in a closure of the first step
 SNAPSHOT_EVERY = 50  # steps, at the least
 STATE_BYTES = 16 << 20  # of the weights: where they are larger, states go to the disk at once
 SAFE_BYTES = 64 << 20  # of tapes that are written on the way as well, lest a kill takes them
@@ -69,9 +70,12 @@ class Watch:
         self._record: dict[str, Any] = {}  # of the step being taken
         self._skipped = 0  # steps that a GradScaler left out
         self._finite = True  # whether the last loss was
+        self._unexplained = False  # whether a loss that was not may be the fault of a batch
         self._counts: dict[str, int] = {}
         self.facts: list[dict[str, Any]] = []  # as the log has them: few, since a count is told when it has doubled
         self.heard = 0  # steps that a recorder was on for
+        self._called: Called | None = None
+        self._searched = False
         self._ticks = None if tick is None else Ticks(tick, Run(self.folder, live=self, rank=self.rank))
         self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
         self._alarm = Alarm()
@@ -99,6 +103,8 @@ class Watch:
             processors=os.cpu_count(),
         )
         self._hooks.put()
+        if not (self._models or anything_compiled()):  # which would have to compile again
+            self._called = Called()
         for optimizer in optimizers:
             self._meet(optimizer)
         if optimizers:
@@ -107,6 +113,7 @@ class Watch:
     def stop(self, outcome: str) -> None:
         """Removes everything that `start` put in place and writes what is left to write."""
         self._hooks.remove()
+        self._found_models()
         self._deck.close()
         if os.getpid() != self._process:
             return  # a fork of the script that came this far: the run is its parent's
@@ -146,7 +153,7 @@ class Watch:
         self._log.flush()
 
     def _packed(self) -> dict[str, Any]:
-        self._learn_names()
+        self._learn_names(thoroughly=True)
         last = snapshot(self.steps, self._leaves, self._only(), copy=False)
         states = [*self._first, *(s for s in self._recent if s.step < self.steps), last]
         data = pack(self._packable())
@@ -190,6 +197,7 @@ class Watch:
 
     def compiling(self) -> None:
         self._deck.silence()
+        self._found_models()
 
     def scaled(self, loss: Any, result: Any) -> None:
         if isinstance(loss, Tensor) and isinstance(result, Tensor):
@@ -256,6 +264,8 @@ class Watch:
         if over < 0 or (self._wanted > 0 and over < FREE_SECONDS):  # the next one is recorded too
             self._wanted -= 1
             self._deck.listen()
+        if self._called is not None and (self.steps >= FIRST_STEPS or not self._nameless()):
+            self._found_models()
         if self._ticks is not None:
             self._hooks.seconds -= self._ticks()  # which has its own share
 
@@ -267,6 +277,10 @@ class Watch:
             tape = None
         if tape is not None:
             self._deck.keep(tape)
+            batch = nonfinite_batch(tape) if self._unexplained else None
+            if batch is not None:  # the step at which it did the harm was not recorded, but it has come again
+                self._unexplained = False
+                self._fact("non-finite-batch", **batch)
         cut = cut_off(recorder, optimizer)
         if cut:
             function, line = recorder.cuts[0]
@@ -283,8 +297,12 @@ class Watch:
         self._finite = math.isfinite(loss)
         if not self._finite and "non-finite" not in self._counts:  # else it was seen while the weights were its own
             tape = next((t for t in self._deck.tapes if t.step == step), None)
-            where = first_nonfinite(tape, self._leaves, self._name)
-            self._counted("non-finite", of=step, step=step, loss=loss, **where)
+            self._blew_up(step, loss, tape)
+
+    def _blew_up(self, step: int, loss: float, tape: Tape | None) -> None:
+        where = first_nonfinite(tape, self._leaves, self._name)
+        self._unexplained = where["origin"] in ("unknown", "parameter")
+        self._counted("non-finite", of=step, step=step, loss=loss, **where)
 
     def _remember(self) -> None:
         """Keeps the weights as they stand, if they are finite: the first, and of the later ones the last two."""
@@ -345,8 +363,7 @@ class Watch:
         self._record["loss"] = loss = sum([float(loss) for loss in self._losses])
         self._finite = math.isfinite(loss)
         if not self._finite and "non-finite" not in self._counts:  # now, while the weights are still those of the loss
-            where = first_nonfinite(tape, self._leaves, self._name)
-            self._counted("non-finite", of=self.steps + 1, loss=loss, **where)
+            self._blew_up(self.steps + 1, loss, tape)
 
     def _forget_losses(self) -> None:
         self._losses.clear()
@@ -364,15 +381,29 @@ class Watch:
         self.facts.append({"kind": "fact", **fact})
         self._log.write("fact", **fact)
 
-    def _learn_names(self) -> None:
+    def _learn_names(self, *, thoroughly: bool = False) -> None:
         self._names = parameter_names(self._leaves, self._models)
-        if any(name.startswith("tensor[") for name in self._names):
-            self._models = models_alive()
+        if self._nameless() and self._called is not None:
+            self._models = self._called.models() or self._models
+            self._names = parameter_names(self._leaves, self._models)
+        if self._nameless() and thoroughly:
+            self._models = models_alive() or self._models
             self._names = parameter_names(self._leaves, self._models)
 
-    def _name(self, leaf: Tensor) -> str:
-        if len(self._leaves) != len(self._names):
+    def _nameless(self) -> bool:
+        return any(name.startswith("tensor[") for name in self._names)
+
+    def _found_models(self) -> None:
+        """Looks for models no longer."""
+        if self._called is not None:
             self._learn_names()
+            self._called.close()
+            self._called = None
+
+    def _name(self, leaf: Tensor) -> str:
+        if len(self._leaves) != len(self._names) or self._nameless():
+            self._learn_names(thoroughly=not self._searched)
+            self._searched = True  # which takes its time, and is worth it once
         return next((n for n, p in zip(self._names, self._leaves, strict=True) if p is leaf), "")
 
     def _only(self) -> torch.optim.Optimizer | None:
