@@ -175,3 +175,44 @@ def test_a_step_that_is_known_already_shares_the_program_and_keeps_its_own_batch
     loss, grads = replayed(tapes[1], leaves)
     torch.testing.assert_close(loss, torch.tensor(tapes[1].loss, dtype=loss.dtype), rtol=1e-6, atol=0)
     assert_same(grads, gradients(leaves), rtol=1e-6)
+
+
+class Doubled(torch.autograd.Function):
+    """Out of the recorder's sight."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, slope):
+        return 2 * slope
+
+
+@pytest.mark.parametrize("cut", [torch.Tensor.detach, lambda h: h.data])
+def test_a_state_that_is_carried_over_and_cut_is_a_constant(cut):
+    f, x = small()
+    state = f(x).tanh()  # of the step before
+    recorder = Recorder(list(f.parameters()))
+    with recorder:
+        carried = cut(state)
+        loss = f(carried).square().sum()
+        recorder.root([loss])
+        loss.backward()
+    tape = recorder.finish(Vault())
+    state = carried.clone()
+    other = [p.detach() + 0.1 for p in f.parameters()]
+    expected = F.linear(state, *other).square().sum()
+    torch.testing.assert_close(tape.replay(other), expected)
+
+
+def test_what_was_made_out_of_sight_in_this_step_is_no_state_when_it_is_cut():
+    f, x = small()
+    recorder = Recorder(list(f.parameters()))
+    with recorder:
+        target = Doubled.apply(f(x)).detach()
+        loss = (f(x) - target).square().sum()
+        recorder.root([loss])
+        loss.backward()
+    with pytest.raises(TapeError, match="made out of sight, by DoubledBackward"):
+        recorder.finish(Vault())

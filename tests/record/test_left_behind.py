@@ -65,7 +65,6 @@ def surroundings():
     return {
         "pre hooks": dict(optim._global_optimizer_pre_hooks),
         "post hooks": dict(optim._global_optimizer_post_hooks),
-        "module hooks": dict(nn.modules.module._global_forward_pre_hooks),
         "calls": (
             torch.autograd.backward,
             torch.optim.Optimizer.__init__,

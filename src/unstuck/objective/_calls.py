@@ -160,6 +160,18 @@ def unseen(tensor: Tensor) -> str:
     return f"part of the loss was made out of sight, by {maker}: a custom autograd function or a compiled region"
 
 
+def next_node() -> int:
+    """The number that autograd gives to the next node of this thread; 0 where it does not tell."""
+    tell = getattr(torch._C._autograd, "_get_sequence_nr", None)  # noqa: SLF001
+    return 0 if tell is None else tell()
+
+
+def made_before(node: Any, number: int) -> bool:
+    """Whether a node of a graph is older than one of this number; False where that is not known."""
+    tell = getattr(node, "_sequence_nr", None)
+    return tell is not None and tell() < number
+
+
 def caller() -> str:
     """The source line outside torch and this package that made the current call, as file:line."""
     frame = sys._getframe(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from unstuck.objective._calls import Kind, unseen
+from unstuck.objective._calls import CUTS, Kind, made_before, next_node, unseen
 from unstuck.objective._graph import (
     COPY_LIMIT,
     LOST,
@@ -54,6 +54,7 @@ class Values:
         self._owners: dict[int, list[int]] = {}  # slots of parameters by their memory
         self._crowded = 16  # how many written memories are looked through for dead ones
         self._count = 0
+        self._began = next_node()
 
     def refuse(self, reason: str) -> None:
         if self.refusal is None:
@@ -222,7 +223,9 @@ class Values:
             call.changes = [*call.changes, (slot, version, self.changes.get(slot, 0))]
 
     def _constant(self, tensor: Tensor, call: Call) -> Taken:
-        if tensor.grad_fn is not None:
+        node = tensor.grad_fn
+        # a state that is carried over from an earlier step, and cut from it here, is a constant
+        if node is not None and not (call.name in CUTS and made_before(node, self._began)):
             call.refusal = unseen(tensor)
         version, key, seen = version_of(tensor), memory_of(tensor), shared(tensor)
         call.shares = True
