@@ -23,6 +23,7 @@ from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, run_trial
 from unstuck.record import Run
 
+LASTING = 10.0  # times its start that a finite loss ends at, where that alone is to be a fault
 UNKNOWN = "unknown"  # the code of a finding that says only that something is wrong
 
 
@@ -185,8 +186,10 @@ def since(case: Case) -> int:
 def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
     reasons = next((e["refusals"] for e in reversed(case.run.of("end")) if e.get("refusals")), {})
     because = max(reasons, key=reasons.__getitem__) if reasons else "no step could be recorded for replay"
-    level = case["loss over chance"]
-    if sign != DIVERGED and (level is None or level.value < 0.8):
+    level, rise = case["loss over chance"], case["rise of the loss"]
+    least = 0.8 if sign != DIVERGED else LASTING
+    number = sign != DIVERGED or (rise is not None and math.isfinite(rise.value))
+    if number and (level is None or level.value < least):  # the losses of a policy, or of a game, may well rise
         return _result(case.run, [], EXACT, dict.fromkeys(codes[len(EXACT) :], because))
     what = _blown_up(case) if sign == DIVERGED else "The loss is stuck at the level of chance"
     found = _unknown(case, f"{what}; the steps cannot be replayed: {because}.")

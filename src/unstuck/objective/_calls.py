@@ -162,7 +162,7 @@ def unseen(tensor: Tensor) -> str:
 
 def next_node() -> int:
     """The number that autograd gives to the next node of this thread; 0 where it does not tell."""
-    tell = getattr(torch._C._autograd, "_get_sequence_nr", None)  # noqa: SLF001
+    tell = getattr(getattr(torch._C, "_autograd", None), "_get_sequence_nr", None)  # noqa: SLF001
     return 0 if tell is None else tell()
 
 

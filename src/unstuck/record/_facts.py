@@ -1,7 +1,7 @@
 """Facts of a step that need no interpretation."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -71,10 +71,17 @@ def orphans(recorder: Recorder, optimizers: Sequence[torch.optim.Optimizer]) -> 
     return [p for p in used if p.requires_grad and p.grad is not None and id(p) not in moved]
 
 
-def nonfinite_batch(tape: Tape) -> dict[str, Any] | None:
-    """The input of the step that holds NaN or infinity, and in which rows; −infinity is what masks are made of."""
+def nonfinite_batch(tape: Tape, but: Collection[torch.Size] = ()) -> dict[str, Any] | None:
+    """The input of the step that holds NaN or infinity, and in which rows; −infinity is what masks are made of.
+
+    An input of a shape in `but` is left out.
+    """
     for k, constant in enumerate(tape.constants):
-        if constant.is_floating_point() and bool((constant.isnan() | constant.isposinf()).any()):
+        if (
+            constant.shape not in but
+            and constant.is_floating_point()
+            and bool((constant.isnan() | constant.isposinf()).any())
+        ):
             flat = constant.flatten(1) if constant.dim() > 1 else constant.unsqueeze(-1)
             rows = (~flat.isfinite()).any(-1).nonzero().flatten().tolist()
             where = f"input {k} of the step, shape {tuple(constant.shape)}"
