@@ -5,7 +5,6 @@ import datetime
 import math
 import os
 import platform
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,14 +23,14 @@ from unstuck.record._hooks import Hooks
 from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import Called, models_alive, parameter_names
-from unstuck.record._moments import Stopped, Tick, Ticks
+from unstuck.record._moments import Tick, Ticks
 from unstuck.record._pulses import Pulses
 from unstuck.record._ranks import own_rank, ranked
 from unstuck.record._run import TAPES, Run
-from unstuck.record._runs import new_folder
 from unstuck.record._state import Shelf, State, pack_state, snapshot
 
 FIRST_TAPES = 16  # that need not wait for the promised share
+FRUITLESS = 8  # refusals in a row, after which tapes wait for the promised share
 FREE_SECONDS = 2.0  # what they, and those after an alarm, may take at once; later tapes wait until it is made up for
 MARGIN = 0.7  # of the promised share: the rest is for what we cannot time, as the caches that we use
 FIRST_STEPS = 4  # in which all models are called, some of them in a closure of the first step
@@ -70,6 +69,7 @@ class Watch:
         self._record: dict[str, Any] = {}  # of the step being taken
         self._skipped = 0  # steps that a GradScaler left out
         self._finite = True  # whether the last loss was
+        self._refused = 0  # tapes in a row
         self._unexplained = False  # whether a loss that was not may be the fault of a batch
         self._counts: dict[str, int] = {}
         self.facts: list[dict[str, Any]] = []  # as the log has them: few, since a count is told when it has doubled
@@ -261,7 +261,7 @@ class Watch:
         self._last = elapsed, spent
         self._pace += (pace - self._pace) * (0.1 if self._pace else 1.0)
         over = spent - MARGIN * self._budget * elapsed
-        if over < 0 or (self._wanted > 0 and over < FREE_SECONDS):  # the next one is recorded too
+        if over < 0 or (self._wanted > 0 and over < FREE_SECONDS and self._refused < FRUITLESS):  # the next one too
             self._wanted -= 1
             self._deck.listen()
         if self._called is not None and (self.steps >= FIRST_STEPS or not self._nameless()):
@@ -273,11 +273,13 @@ class Watch:
         """The tape of the step that was recorded, if it can be trusted."""
         self.heard += 1
         tape = self._deck.compiled(recorder, self.steps + 1)
+        self._refused = 0 if tape is not None else self._refused + 1
         if tape is not None and fit and not self._deck.check(tape, _moved(optimizer)):
             tape = None
         if tape is not None:
             self._deck.keep(tape)
-            batch = nonfinite_batch(tape) if self._unexplained else None
+            # statistics that the blow-up has spoilt are inputs of a step, too
+            batch = nonfinite_batch(tape, self._spoilt()) if self._unexplained else None
             if batch is not None:  # the step at which it did the harm was not recorded, but it has come again
                 self._unexplained = False
                 self._fact("non-finite-batch", **batch)
@@ -298,6 +300,11 @@ class Watch:
         if not self._finite and "non-finite" not in self._counts:  # else it was seen while the weights were its own
             tape = next((t for t in self._deck.tapes if t.step == step), None)
             self._blew_up(step, loss, tape)
+
+    def _spoilt(self) -> set[torch.Size]:
+        """The shapes of the models' buffers that are not finite."""
+        buffers = (b for m in self._models for b in m.buffers() if b.is_floating_point())
+        return {b.shape for b in buffers if not bool(b.isfinite().all())}
 
     def _blew_up(self, step: int, loss: float, tape: Tape | None) -> None:
         where = first_nonfinite(tape, self._leaves, self._name)
@@ -423,44 +430,6 @@ class Watch:
         """The share of the time that watching takes, looks at the run included."""
         ticks = 0.0 if self._ticks is None else self._ticks.seconds
         return (self._spent() + ticks) / max(self._elapsed() + ticks, 1e-9)
-
-
-@contextlib.contextmanager
-def watch(
-    model: nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    folder: str | Path | None = None,
-    budget: float = 0.02,
-    tick: Tick | None = None,
-) -> Iterator[Run]:
-    """Watches the training inside the block; the loop in it stays as it is.
-
-    Model and optimiser are found by themselves where they are not given. The run is written to `folder` (by default a
-    new one below `unstuck-runs`) and can be read at any time. `budget` is the share of the time that recording may
-    take. `tick(run)` is called after a step, at most twice a second, and may raise `unstuck.record.Stopped` to end the
-    run; any other error in it does the training no harm.
-    """
-    script = getattr(sys.modules.get("__main__"), "__file__", None) or "interactive session"
-    place = Path(folder) if folder is not None else new_folder(Path(script).stem)
-    place = placed(place)  # the training may change the working directory
-    watcher = Watch(place, models=[] if model is None else [model], budget=budget, tick=tick)
-    watcher.start(script, sys.argv[1:], [] if optimizer is None else [optimizer])
-    outcome = "finished"
-    run = Run(place, live=watcher, rank=watcher.rank)
-    try:
-        yield run
-    except KeyboardInterrupt:
-        outcome = "interrupted"
-        raise
-    except Stopped as stop:
-        outcome = str(stop)
-        raise
-    except BaseException as error:
-        outcome = f"raised {type(error).__name__}"
-        raise
-    finally:
-        watcher.stop(outcome)
 
 
 def _moved(optimizer: torch.optim.Optimizer) -> list[Tensor]:
