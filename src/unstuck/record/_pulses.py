@@ -27,8 +27,8 @@ class Pulses:
 
     def __init__(self, optimizer: torch.optim.Optimizer, budget: float) -> None:
         self._groups = optimizer.param_groups
-        self._norms = Clock(budget / 4)
-        self._updates = Clock(budget / 4, least=UPDATE_EVERY)
+        self._norms = Clock(budget / 8)
+        self._updates = Clock(budget / 8, least=UPDATE_EVERY)
         self._count = 0
         self._seconds = 0.0  # of the update being measured
         self._census = False
@@ -48,10 +48,10 @@ class Pulses:
             return found | self._read(pace, norm_due=norm_due, update_due=update_due)
 
     def _read(self, pace: float, *, norm_due: bool, update_due: bool) -> dict[str, Any]:
+        began = perf_counter()
         found: dict[str, Any] = {}
         moved = [p for g in self._groups for p in g["params"]]
         slopes = [p.grad for p in moved if p.grad is not None and not p.grad.is_sparse]
-        began = perf_counter()
         if norm_due or update_due:
             self._gradients = norms(slopes)
             found["grad_norm"] = total(self._gradients)
