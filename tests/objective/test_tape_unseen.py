@@ -182,7 +182,8 @@ class Doubled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        return 2 * x
+        with torch._C.DisableTorchFunction():  # as in a kernel of one's own
+            return 2 * x
 
     @staticmethod
     def backward(ctx, slope):

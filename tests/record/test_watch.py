@@ -321,3 +321,50 @@ def test_an_error_of_the_watcher_costs_the_watcher_and_one_warning(tmp_path, mon
     assert len(said) == 1
     assert run.steps == 4
     assert len(run.memory().tapes) >= 3
+
+
+def test_a_batch_with_nan_is_told_when_it_comes_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(_watch, "FIRST_TAPES", 2)
+    torch.manual_seed(0)
+    model, data = Net(), torch.randn(40, 4, 3)
+    data[25, 1, 0] = float("nan")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with unstuck.watch(model, optimizer, folder=tmp_path / "run", budget=1e-9) as run:
+        for x in [*data, *data, *data]:
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    first, later = run.of("fact")
+    assert (first["code"], first["step"], first["origin"]) == ("non-finite", 26, "unknown")
+    assert (later["code"], later["step"], later["rows"]) == ("non-finite-batch", 66, [1])
+    (finding,) = run.diagnose().findings
+    assert finding.code == "non-finite-data"
+    assert "step was not recorded, but the batch of step 66" in finding.claim
+
+
+def test_statistics_that_a_blow_up_has_spoilt_are_no_bad_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(_watch, "FIRST_TAPES", 2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with unstuck.watch(model, optimizer, folder=tmp_path / "run", budget=1e-9) as run:
+        for k in range(90):
+            optimizer.zero_grad()
+            loss = model(torch.randn(5, 3)).square().mean()
+            (loss / (0.0 if k == 20 else 1.0)).backward()
+            optimizer.step()
+            model.eval() if k > 30 else None
+    assert not torch.isfinite(model[1].running_mean).all()
+    assert [e["code"] for e in run.of("fact")] == ["non-finite"]
+
+
+def test_steps_that_are_refused_again_and_again_are_recorded_no_longer(tmp_path):
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with unstuck.watch(model, optimizer, folder=tmp_path / "run", budget=1e-9) as run:
+        for _ in range(60):
+            optimizer.zero_grad()
+            loss = model(torch.randn(5, 3)).square().mean()
+            (loss * loss.item()).backward()
+            optimizer.step()
+    assert _watch.FRUITLESS <= run.heard < _watch.FIRST_TAPES

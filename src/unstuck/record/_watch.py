@@ -309,6 +309,7 @@ class Watch:
     def _blew_up(self, step: int, loss: float, tape: Tape | None) -> None:
         where = first_nonfinite(tape, self._leaves, self._name)
         self._unexplained = where["origin"] in ("unknown", "parameter")
+        self._wanted = KEPT  # at once: the batch that did it may come again soon
         self._counted("non-finite", of=step, step=step, loss=loss, **where)
 
     def _remember(self) -> None:
