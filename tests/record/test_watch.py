@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import unstuck
-from unstuck.record import State, _watch
+from unstuck.record import State, _stepped, _watch
 from unstuck.record._state import pack_state, snapshot, unpack_state
 
 
@@ -316,7 +316,7 @@ def test_an_error_of_the_watcher_costs_the_watcher_and_one_warning(tmp_path, mon
     with pytest.warns(UserWarning, match="ArithmeticError: broken") as said:  # noqa: SIM117
         with unstuck.watch(folder=tmp_path / "run") as run:
             train(model, optimizer)
-            monkeypatch.setattr(_watch.Pulses, "before_step", fail)
+            monkeypatch.setattr(_stepped.Pulses, "before_step", fail)
             train(model, optimizer)
     assert len(said) == 1
     assert run.steps == 4

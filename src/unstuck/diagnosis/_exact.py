@@ -131,7 +131,7 @@ def _habit(case: Case, code: str) -> tuple[dict[str, Any] | None, int]:
         return None, 0
     last = notes[-1]
     looked = last["of"]
-    every = case.run.taken if code == "stale-gradient" else case.run.heard or looked
+    every = (case.run.looked or looked) if code == "stale-gradient" else case.run.heard or looked
     # Notes come at counts 1, 2, 4, 8 …: a habit's count keeps up with the steps looked at.
     lasted = last["count"] >= LEAST_STEPS - 1 and last["count"] >= OFTEN * (looked - 1) and every < 3 * looked + 2
     return (last if lasted else None), looked

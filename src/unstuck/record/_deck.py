@@ -39,6 +39,10 @@ class Deck:
         self._made = 0
         self._dispatch = _dispatch_seconds()
 
+    @property
+    def listening(self) -> bool:
+        return self._recorder is not None
+
     def listen(self) -> None:
         """Starts to record, unless part of the script is compiled or a recorder is lost."""
         if self._recorder is not None or self._stranded is not None:

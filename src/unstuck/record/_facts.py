@@ -17,19 +17,24 @@ class StaleGradients:
 
     def __init__(self) -> None:
         self.count = 0
-        self._left: dict[int, list[tuple[Tensor, int, int]]] = {}  # by optimiser: parameter, its grad's id and version
+        self.left: dict[int, list[tuple[Tensor, int, int]]] = {}  # by optimiser: parameter, its grad's id and version
         self._stale: dict[int, bool] = {}
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
         moved = (p for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
-        self._left[id(optimizer)] = [
+        self.left[id(optimizer)] = [
             (p, id(p.grad), p.grad._version) for p, _ in zip(moved, range(self.WATCHED), strict=False)
         ]
         self._stale[id(optimizer)] = False
 
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """The coming step is not looked at."""
+        self.left.pop(id(optimizer), None)
+        self._stale.pop(id(optimizer), None)
+
     def note_backward(self) -> None:
         """At the start of backward(): whether what the last step used is still there."""
-        for key, left in self._left.items():
+        for key, left in self.left.items():
             if not (left and _untouched(*left[0])) and not self._stale[key]:
                 continue  # cleared, as it should be
             here = [(p.grad, i, v) for p, i, v in left]
@@ -42,7 +47,7 @@ class StaleGradients:
         """A parameter whose old gradient is part of the one that the coming step uses."""
         if not self._stale.get(id(optimizer)):
             return None
-        left = self._left[id(optimizer)]
+        left = self.left[id(optimizer)]
         if any(p.grad is None or id(p.grad) != i for p, i, _ in left):
             return None
         self.count += 1

@@ -4,26 +4,29 @@ import math
 
 
 class Clock:
-    """When a reading is due that takes time: as often as its share allows, and no oftener than every `least` steps."""
+    """When a reading is due that takes time: as often as its share allows, and no oftener than every `least` steps.
+
+    What a reading took is made up for before the next one; one that took far longer than those before, as one that
+    another program interrupts, only in part.
+    """
+
+    LONGER = 10  # times the last wait, at most
 
     def __init__(self, share: float, least: int = 1) -> None:
         self.every = least
         self._share = share
         self._least = least
         self._next = least
-        self._cost = 0.0  # seconds of one reading
 
     def due(self, step: int) -> bool:
         return step >= self._next
 
     def took(self, step: int, seconds: float, pace: float) -> None:
         """A reading at `step` took so long, where a step takes `pace` seconds without us."""
-        slower = self._cost and seconds > self._cost  # as the first is, or one that another program interrupts
-        self._cost = 0.7 * self._cost + 0.3 * seconds if slower else seconds
         allowed = self._share * pace
         if allowed > 0:
-            longest = 10 * self.every  # one slow reading does not end them
-            self.every = min(max(self._least, math.ceil(self._cost / allowed)), longest)
+            longest = self.LONGER * self.every
+            self.every = min(max(self._least, math.ceil(min(seconds / allowed, longest))), longest)
         self._next = step + self.every
 
 

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import os
-import time
+import weakref
+from collections import deque
 from collections.abc import Callable
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +26,9 @@ CALLS = (  # whose order tells how a loop is built: a letter, and where the call
 )
 
 
-LONGEST = 64  # calls of a step whose order is told
+LONGEST = 64  # calls of a step whose order is told: the last ones
+_is_traced = torch.compiler.is_dynamo_compiling
+_PUT: "weakref.WeakSet[Hooks]" = weakref.WeakSet()
 
 
 class Listener(Protocol):
@@ -33,7 +37,7 @@ class Listener(Protocol):
     def optimizer_made(self) -> None: ...
     def scaled(self, loss: Any, result: Any) -> None: ...
     def scale_updated(self) -> None: ...
-    def backward_called(self, roots: list[Tensor]) -> None: ...
+    def backward_called(self, roots: tuple[Tensor, ...]) -> None: ...
     def before_step(self, optimizer: torch.optim.Optimizer) -> None: ...
     def after_step(self, optimizer: torch.optim.Optimizer) -> None: ...
     def compiling(self) -> None: ...
@@ -46,26 +50,25 @@ class Hooks:
 
     A listener that fails costs the watcher, never the run: it is told, by `gave_up`, and not called again. A forked
     process (a loader's worker) is not listened to, nor is what happens while `paused`. `seconds` is the time spent in
-    the listener.
+    the listener. `order` has a letter for each call since it was last cleared.
     """
 
     def __init__(self, listener: Listener) -> None:
         self.seconds = 0.0
+        self.order: deque[str] = deque(maxlen=LONGEST)
         self.paused = False
         self._listener = listener
-        self._process = os.getpid()
-        self._failed = False
+        self._failed = False  # or forked: the listener is not called any more
         self._undo: list[Callable[[], None]] = []
-        self._order: list[str] = []
 
     def put(self) -> None:
-        before, after = self._guarded(self._listener.before_step), self._guarded(self._listener.after_step)
+        _PUT.add(self)
         self._undo = [
-            register_optimizer_step_pre_hook(lambda optimizer, *_: before(optimizer)).remove,
-            register_optimizer_step_post_hook(lambda optimizer, *_: after(optimizer)).remove,
-            self._wrap(torch.autograd, "backward", before=self._roots),
+            register_optimizer_step_pre_hook(self._guarded(self._listener.before_step)).remove,
+            register_optimizer_step_post_hook(self._guarded(self._listener.after_step)).remove,
+            self._backward(),
             self._wrap(torch.optim.Optimizer, "__init__", after=lambda *_: self._listener.optimizer_made()),
-            self._wrap(torch, "compile", before=lambda *_, **__: self._listener.compiling()),
+            self._wrap(torch, "compile", before=lambda _: self._listener.compiling()),
             self._wrap(torch.amp.GradScaler, "scale", after=self._scaled),
             self._wrap(torch.amp.GradScaler, "update", after=lambda *_: self._listener.scale_updated()),
             self._around(torch.overrides, "has_torch_function", self._listener.aside),
@@ -77,45 +80,50 @@ class Hooks:
         while self._undo:
             self._undo.pop()()
 
-    def taken_order(self) -> str:
-        """The letters of the calls that led to a step, and s for the step."""
-        order = "".join(self._order)
-        self._order.clear()
-        return order + "s"
+    def forget(self) -> None:
+        """Listens no more."""
+        self._failed = True
 
-    def _roots(self, roots: Any = None, *_: Any, tensors: Any = None, **__: Any) -> None:
-        given = roots if roots is not None else tensors
-        self._note("b")
-        self._listener.backward_called([given] if isinstance(given, Tensor) else list(given or ()))
+    def _backward(self) -> Callable[[], None]:
+        original, note, listener = torch.autograd.backward, self.order.append, self._listener
+
+        def called(roots: Any) -> None:
+            note("b")
+            listener.backward_called((roots,) if isinstance(roots, Tensor) else tuple(roots or ()))
+
+        seen = self._guarded(called)
+
+        @functools.wraps(original)
+        def backward(tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
+            seen(tensors)
+            return original(tensors, *args, **kwargs)
+
+        return _exchange(torch.autograd, "backward", original, backward)
 
     def _scaled(self, given: tuple[Any, ...], result: Any) -> None:
         if len(given) > 1:
             self._listener.scaled(given[1], result)
-
-    def _note(self, what: str) -> None:
-        if not self.paused and len(self._order) < LONGEST:
-            self._order.append(what)
 
     def _wrap(
         self,
         owner: Any,
         name: str,
         *,
-        before: Callable[..., None] | None = None,
+        before: Callable[[tuple[Any, ...]], None] | None = None,
         after: Callable[[tuple[Any, ...], Any], None] | None = None,
     ) -> Callable[[], None]:
-        """Calls `before` with what the call is given, and `after` with that and with its result."""
+        """Calls `before` with what the call is given by position, and `after` with that and with its result."""
         original = getattr(owner, name)
         first = None if before is None else self._guarded(before)
-        last = None if after is None else self._guarded(after)
+        last = None if after is None else self._guarded(lambda both: after(*both))
 
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if first is not None:
-                first(*args, **kwargs)
+                first(args)
             result = original(*args, **kwargs)
             if last is not None:
-                last(args, result)
+                last((args, result))
             return result
 
         return _exchange(owner, name, original, wrapped)
@@ -133,28 +141,41 @@ class Hooks:
         return _exchange(owner, name, original, wrapped)
 
     def _noted(self, owner: Any, name: str, what: str) -> Callable[[], None]:
-        original = getattr(owner, name)
+        original, note = getattr(owner, name), self.order.append
 
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self._note(what)
+            note(what)
             return original(*args, **kwargs)
 
         return _exchange(owner, name, original, wrapped)
 
-    def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: Any, **kwargs: Any) -> None:
-            if self._failed or self.paused or os.getpid() != self._process:
-                return
-            began = time.perf_counter()
-            try:
-                hook(*args, **kwargs)
-            except Exception as error:
-                self._failed = True
-                self._listener.gave_up(f"{type(error).__name__}: {error}")
-            self.seconds += time.perf_counter() - began
+    def _guarded(self, hook: Callable[[Any], None]) -> Callable[..., None]:
+        """Calls the hook with the first argument; in most steps this is most of what we do, so it does little."""
 
-        return _disable_dynamo(run)  # where the script compiles its whole step, it is not to compile ours
+        def run(given: Any, *_: Any) -> None:
+            if _is_traced():  # a script that compiles its whole step is not to compile ours
+                unseen(given)
+            elif not (self.paused or self._failed):
+                began = perf_counter()
+                try:
+                    hook(given)
+                except Exception as error:
+                    self._failed = True
+                    self._listener.gave_up(f"{type(error).__name__}: {error}")
+                self.seconds += perf_counter() - began
+
+        unseen = _disable_dynamo(run)
+        return run
+
+
+def _in_child() -> None:
+    for hooks in _PUT:
+        hooks.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 def _exchange(owner: Any, name: str, original: Any, wrapped: Any) -> Callable[[], None]:

@@ -38,6 +38,7 @@ class Journal:
                         del record[name]
                     else:
                         self._told[name] = record[name]
+            record["time"] = round(record["time"], 6)
             loss = record.get("loss")
             if loss is not None:
                 self._look(record["step"], loss)

@@ -26,42 +26,40 @@ class Pulses:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, budget: float) -> None:
-        self._groups = optimizer.param_groups
+        self._optimizer = optimizer
         self._norms = Clock(budget / 8)
         self._updates = Clock(budget / 8, least=UPDATE_EVERY)
-        self._count = 0
+        self._step = 0  # that was last looked at
         self._seconds = 0.0  # of the update being measured
         self._census = False
         self._before: list[Tensor] = []  # the weights before the step, sampled
         self._slopes: list[Tensor] = []  # the gradients of the step before, sampled
         self._gradients: list[Tensor] = []  # their norms, tensor by tensor
 
-    def before_step(self, pace: float) -> dict[str, Any]:
+    def before_step(self, step: int, pace: float) -> dict[str, Any]:
         """What the coming step begins with; a step takes `pace` seconds without us."""
-        self._count += 1
-        rate = self._groups[0].get("lr")
-        found: dict[str, Any] = {"lr": None if rate is None else float(rate)}
-        norm_due, update_due = self._norms.due(self._count), self._count <= 2 or self._updates.due(self._count)
+        norm_due, update_due = self._norms.due(step), step <= 2 or self._updates.due(step)
         if not (norm_due or update_due or self._slopes):
-            return found
+            return {}
+        self._step = step
         with torch.no_grad():  # a gradient may have one itself
-            return found | self._read(pace, norm_due=norm_due, update_due=update_due)
+            return self._read(pace, norm_due=norm_due, update_due=update_due)
 
     def _read(self, pace: float, *, norm_due: bool, update_due: bool) -> dict[str, Any]:
         began = perf_counter()
         found: dict[str, Any] = {}
-        moved = [p for g in self._groups for p in g["params"]]
+        moved = [p for g in self._optimizer.param_groups for p in g["params"]]
         slopes = [p.grad for p in moved if p.grad is not None and not p.grad.is_sparse]
         if norm_due or update_due:
             self._gradients = norms(slopes)
             found["grad_norm"] = total(self._gradients)
-            self._norms.took(self._count, perf_counter() - began, pace)
+            self._norms.took(self._step, perf_counter() - began, pace)
         if self._slopes:
             found["grad_cosine"] = _cosine(self._slopes, _sampled(slopes))
             self._slopes = []
         if update_due:
             began = perf_counter()
-            self._census = self._count <= 2 or self._count % CENSUS_EVERY < self._updates.every
+            self._census = self._step <= 2 or self._step % CENSUS_EVERY < self._updates.every
             self._before = [p.clone() for p in _sampled(moved)]
             self._slopes = [s.clone() for s in _sampled(slopes)]
             self._seconds = 2 * (perf_counter() - began)  # with the cosine of the next step
@@ -72,11 +70,16 @@ class Pulses:
         """Whether what the step does to the weights is being measured."""
         return bool(self._before)
 
+    @property
+    def compares(self) -> bool:
+        """Whether the gradient waits to be compared with that of the next step."""
+        return bool(self._slopes)
+
     def after_step(self, pace: float) -> dict[str, Any]:
         """What the step has done to the weights, where that is measured."""
         before, self._before = self._before, []
         began = perf_counter()
-        moved = [p for g in self._groups for p in g["params"]]
+        moved = [p for g in self._optimizer.param_groups for p in g["params"]]
         after = _sampled(moved)
         found: dict[str, Any] = {}
         if [a.shape for a in after] == [b.shape for b in before]:  # else the step has exchanged some
@@ -86,7 +89,7 @@ class Pulses:
             found["update_ratio"] = _ratio(total(updates, shares), found["weight_norm"])
             if self._census:
                 found["tensors"] = {"weight": weights, "gradient": self._gradients, "update": updates}
-        self._updates.took(self._count, self._seconds + perf_counter() - began, pace)
+        self._updates.took(self._step, self._seconds + perf_counter() - began, pace)
         return found
 
 

@@ -36,6 +36,8 @@ class Live(Protocol):
     @property
     def heard(self) -> int: ...
     @property
+    def looked(self) -> int: ...
+    @property
     def overhead(self) -> float: ...
     @property
     def facts(self) -> Sequence[dict[str, Any]]: ...
@@ -168,6 +170,13 @@ class Run:
         if self._live is not None:
             return self._live.heard
         return self._last("heard") or 0
+
+    @property
+    def looked(self) -> int:
+        """How many steps were looked at closely; 0 where the run was killed."""
+        if self._live is not None:
+            return self._live.looked
+        return self._last("looked") or 0
 
     @property
     def overhead(self) -> float:

@@ -24,10 +24,10 @@ from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import Called, models_alive, parameter_names
 from unstuck.record._moments import Tick, Ticks
-from unstuck.record._pulses import Pulses
 from unstuck.record._ranks import own_rank, ranked
 from unstuck.record._run import TAPES, Run
 from unstuck.record._state import Shelf, State, pack_state, snapshot
+from unstuck.record._stepped import Stepped
 
 FIRST_TAPES = 16  # that need not wait for the promised share
 FRUITLESS = 8  # refusals in a row, after which tapes wait for the promised share
@@ -60,13 +60,13 @@ class Watch:
         self._leaves: list[Tensor] = []
         self._names: list[str] = []  # of the leaves: kept, since a model may be gone before its run is written
         self._deck = Deck(self._leaves)
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._sizes: list[int] = []  # how many parameters each of them has
-        self._pulses: list[Pulses] = []  # of each optimiser
+        self._stepped: dict[int, Stepped] = {}  # the optimisers, by identity
         self._stale = StaleGradients()
-        self._losses: list[Tensor] = []  # what backward was called on since the last step
+        self._losses: list[float | Tensor] = []  # what backward was called on since the last step
         self._scaled: list[tuple[Tensor, Tensor]] = []  # losses that a GradScaler has multiplied, and what they were
         self._record: dict[str, Any] = {}  # of the step being taken
+        self._closely = False  # whether it is looked at
+        self._cost = 0.0  # seconds of looking at it so far
         self._skipped = 0  # steps that a GradScaler left out
         self._finite = True  # whether the last loss was
         self._refused = 0  # tapes in a row
@@ -80,7 +80,7 @@ class Watch:
         self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
         self._alarm = Alarm()
         self._pace = 0.0  # seconds of a step without us, the latest counting most
-        self._last = (0.0, 0.0)  # the time and what had been spent after the last step
+        self._last = (0, 0.0, 0.0)  # the last step that was looked at, its time, and what had been spent by then
         self._snapshots = Clock(budget / 8, SNAPSHOT_EVERY)
         self._safe_at = SAFE_SECONDS
         self._first: list[State] = []  # the weights at the start, unless they are large
@@ -123,6 +123,7 @@ class Watch:
             "time": self._elapsed(),
             "overhead": self.overhead,
             "heard": self.heard,
+            "looked": self.looked,
             "refusals": self._deck.refusals,
         }
         self._log.write("end", outcome=outcome, **end)
@@ -179,11 +180,14 @@ class Watch:
     def paused(self) -> Iterator[None]:
         """What is computed inside is no part of the run, and its time is not either."""
         was, self._hooks.paused = self._hooks.paused, True
+        order = tuple(self._hooks.order)
         began = time.perf_counter()
         try:
             with self._deck.aside():
                 yield
         finally:
+            self._hooks.order.clear()
+            self._hooks.order.extend(order)
             self._hooks.paused = was
             self._began += time.perf_counter() - began
 
@@ -206,68 +210,112 @@ class Watch:
     def scale_updated(self) -> None:
         if self._losses:  # the step was left out: its gradients were not finite
             self._skipped += 1
-            self._forget_losses()
+            self._losses.clear()
+            self._scaled.clear()
 
-    def backward_called(self, roots: list[Tensor]) -> None:
+    def backward_called(self, roots: tuple[Tensor, ...]) -> None:
+        listening = self._deck.listening
         for root in roots:
             if root.numel() == 1:
-                original = next((loss for result, loss in self._scaled if result is root), root.detach())
-                self._losses.append(original if original.device.type == "cpu" else original.clone())
-        self._stale.note_backward()
-        self._deck.root(roots)
+                loss = self._unscaled(root) if self._scaled else root
+                if not loss.is_cpu:  # to be read later
+                    loss = loss.detach().clone()
+                self._losses.append(loss.item() if loss.is_cpu and not listening else loss.detach())
+        if self._stale.left:
+            self._stale.note_backward()
+        if listening:
+            self._deck.root(roots)
+
+    def _unscaled(self, root: Tensor) -> Tensor:
+        return next((loss for result, loss in self._scaled if result is root), root)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        stepped = self._stepped.get(id(optimizer))
+        rate = optimizer.param_groups[0].get("lr")
+        self._record = {} if isinstance(rate, Tensor) else {"lr": rate if rate is None else float(rate)}
+        if self._losses:
+            self._read_loss()
+        first = not self._finite and "non-finite" not in self._counts
+        self._closely = stepped is None or stepped.closely or self._deck.listening or first
+        if self._closely:
+            self._look_before(optimizer)
+
+    def _look_before(self, optimizer: torch.optim.Optimizer) -> None:
+        began = time.perf_counter()
         recorder = self._deck.silence()
-        pulses = self._pulses[self._meet(optimizer)]
+        stepped = self._meet(optimizer)
         stale = self._stale.used_by(optimizer)
         if stale is not None:
-            self._counted("stale-gradient", of=self.steps + 1, where=self._name(stale), line=caller())
+            self._counted("stale-gradient", of=self.looked + 1, where=self._name(stale), line=caller())
         if self.steps == 0:
             self._remember()
         tape = None
         if recorder is not None:
             with torch.no_grad():
                 tape = self._heard_step(recorder, optimizer, fit=stale is None)
-        self._record = pulses.before_step(self._pace)
-        if self._losses:
-            self._read_loss(tape)
+        if not self._finite and "non-finite" not in self._counts:  # now, while the weights are still those of the loss
+            self._blew_up(self.steps + 1, self._record["loss"], tape)
+        rate = optimizer.param_groups[0].get("lr")
+        if isinstance(rate, Tensor):
+            self._record["lr"] = float(rate)
+        self._cost = time.perf_counter() - began if recorder is None else 0.0  # which has its own share
+        self._record |= stepped.pulses.before_step(stepped.steps + 1, self._pace)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1
-        which = self._meet(optimizer)
-        elapsed, spent = self._elapsed(), self._spent()
+        now = time.perf_counter()
+        stepped = self._stepped.get(id(optimizer)) or self._meet(optimizer)
         record, self._record = self._record, {}
-        record["step"], record["time"], record["optimizer"] = self.steps, round(elapsed, 6), which
+        record["step"], record["time"], record["optimizer"] = self.steps, now - self._began, stepped.number
         if self._losses and "loss" not in record:  # the optimiser called backward itself, in a closure
             loss = self._losses[-1]
-            record["loss"] = float(loss) if loss.device.type == "cpu" else loss
-        if self._pulses[which].measures:
+            record["loss"] = float(loss) if isinstance(loss, Tensor) and loss.is_cpu else loss
+        self._losses.clear()
+        self._scaled.clear()
+        if self._closely:
+            self._look_after(stepped, record)
+        self._hooks.order.clear()
+        self._journal.add(record)
+        stepped.took_step(self._cost, self._pace, closely=self._closely)
+        if stepped.closely:
+            self._stale.note_step(optimizer)
+        else:
+            self._stale.forget(optimizer)
+        if self._ticks is not None:
+            self._hooks.seconds -= self._ticks()  # which has its own share
+
+    def _look_after(self, stepped: Stepped, record: dict[str, Any]) -> None:
+        if stepped.pulses.measures:
             with torch.no_grad():  # what an outer watch sees of it is then no part of a step
-                record |= self._pulses[which].after_step(self._pace)
-        record["order"], record["skipped"] = self._hooks.taken_order(), self._skipped
+                record |= stepped.pulses.after_step(self._pace)
+        began = time.perf_counter()
+        record["order"], record["skipped"] = "".join((*self._hooks.order, "s")), self._skipped
         if self._models:
             record["training"] = all(m.training for m in self._models)
-        self._stale.note_step(optimizer)
-        self._forget_losses()
-        self._journal.add(record)
+        self._plan()
+        if self._cost:
+            self._cost += time.perf_counter() - began
         if self._snapshots.due(self.steps):
             with torch.no_grad():
                 self._remember()
+
+    def _plan(self) -> None:
+        """Whether the next step is recorded, and whether the run is saved as it stands."""
+        elapsed, spent = self._elapsed(), self._spent()
+        steps, time_then, spent_then = self._last
+        pace = (elapsed - time_then - (spent - spent_then)) / (self.steps - steps)
+        self._last = self.steps, elapsed, spent
+        self._pace += (pace - self._pace) * (0.1 if self._pace else 1.0)
         if elapsed > self._safe_at:
             self._safe_at = 2 * elapsed
             if self._deck.bytes <= SAFE_BYTES:
                 self.save()
-        pace = (elapsed - self._last[0]) - (spent - self._last[1])
-        self._last = elapsed, spent
-        self._pace += (pace - self._pace) * (0.1 if self._pace else 1.0)
         over = spent - MARGIN * self._budget * elapsed
         if over < 0 or (self._wanted > 0 and over < FREE_SECONDS and self._refused < FRUITLESS):  # the next one too
             self._wanted -= 1
             self._deck.listen()
         if self._called is not None and (self.steps >= FIRST_STEPS or not self._nameless()):
             self._found_models()
-        if self._ticks is not None:
-            self._hooks.seconds -= self._ticks()  # which has its own share
 
     def _heard_step(self, recorder: Recorder, optimizer: torch.optim.Optimizer, *, fit: bool) -> Tape | None:
         """The tape of the step that was recorded, if it can be trusted."""
@@ -287,7 +335,7 @@ class Watch:
         if cut:
             function, line = recorder.cuts[0]
             self._counted("graph-cut", of=self.heard, names=[self._name(p) for p in cut], function=function, line=line)
-        lost = orphans(recorder, self._optimizers)
+        lost = orphans(recorder, [known.optimizer for known in self._stepped.values()])
         if lost:
             self._counted("orphan-gradient", of=self.heard, names=[self._name(p) for p in lost])
         return tape
@@ -330,52 +378,43 @@ class Watch:
         self._fact("watcher-failed", because=reason)
         warn(f"watching ended at step {self.steps + 1}: {reason}; the training goes on")
 
-    def _meet(self, optimizer: torch.optim.Optimizer) -> int:
-        """Makes the optimiser's parameters known, and names them by the models that own them; its number."""
-        count = sum([len(g["params"]) for g in optimizer.param_groups])
-        for k, known in enumerate(self._optimizers):
-            if known is optimizer and self._sizes[k] == count:
-                return k
+    def _meet(self, optimizer: torch.optim.Optimizer) -> Stepped:
+        """Makes the optimiser and its parameters known, and names them by the models that own them."""
+        stepped = self._stepped.get(id(optimizer))
+        moved = _moved(optimizer)
+        if stepped is not None and stepped.size == len(moved):
+            return stepped
         known = {id(p) for p in self._leaves}
-        new = [p for p in _moved(optimizer) if id(p) not in known]
+        new = [p for p in moved if id(p) not in known]
         if new:
             self._deck.silence()  # a recorder counts the leaves that it began with
             self._leaves += new
         if len(self._leaves) != len(self._names):
             self._learn_names()
-        for k, known in enumerate(self._optimizers):
-            if known is optimizer:
-                self._sizes[k] = count
-                return k
-        self._optimizers.append(optimizer)
-        self._sizes.append(count)
-        self._pulses.append(Pulses(optimizer, self._budget))
-        groups = [{k: v for k, v in g.items() if isinstance(v, (bool, int, float))} for g in optimizer.param_groups]
-        kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-        number = len(self._optimizers) - 1
-        self._log.write("optimizer", index=number, name=kind, groups=groups, parameters=count)
-        return number
+        if stepped is None:
+            number = len(self._stepped)
+            stepped = self._stepped[id(optimizer)] = Stepped(optimizer, number, self._budget)
+            groups = [{k: v for k, v in g.items() if isinstance(v, (bool, int, float))} for g in optimizer.param_groups]
+            kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+            self._log.write("optimizer", index=number, name=kind, groups=groups, parameters=len(moved))
+        stepped.size = len(moved)
+        return stepped
 
     def _meet_again(self) -> None:
         """Optimisers may have got parameters since their last step."""
-        self._sizes = [-1] * len(self._optimizers)
-        for optimizer in self._optimizers:
-            self._meet(optimizer)
+        for stepped in self._stepped.values():
+            stepped.size = -1
+            self._meet(stepped.optimizer)
 
-    def _read_loss(self, tape: Tape | None) -> None:
+    def _read_loss(self) -> None:
         self._record["backwards"] = len(self._losses)
-        if any(loss.device.type != "cpu" for loss in self._losses):  # to be read later
-            device = next(loss.device for loss in self._losses if loss.device.type != "cpu")
-            self._record["loss"] = torch.stack([loss.to(device, torch.float64) for loss in self._losses]).sum()
+        elsewhere = next((x.device for x in self._losses if isinstance(x, Tensor) and not x.is_cpu), None)
+        if elsewhere is not None:  # to be read later
+            parts = [torch.as_tensor(x, dtype=torch.float64, device=elsewhere) for x in self._losses]
+            self._record["loss"] = torch.stack(parts).sum()
             return
-        self._record["loss"] = loss = sum([float(loss) for loss in self._losses])
+        self._record["loss"] = loss = sum(map(float, self._losses))
         self._finite = math.isfinite(loss)
-        if not self._finite and "non-finite" not in self._counts:  # now, while the weights are still those of the loss
-            self._blew_up(self.steps + 1, loss, tape)
-
-    def _forget_losses(self) -> None:
-        self._losses.clear()
-        self._scaled.clear()
 
     def _counted(self, code: str, *, of: int, **values: Any) -> None:
         """Logs a fact that may hold at every one `of` the steps looked at: once, and when its count has doubled."""
@@ -415,10 +454,16 @@ class Watch:
         return next((n for n, p in zip(self._names, self._leaves, strict=True) if p is leaf), "")
 
     def _only(self) -> torch.optim.Optimizer | None:
-        return self._optimizers[0] if len(self._optimizers) == 1 else None
+        (only, *more) = self._stepped.values()
+        return None if more else only.optimizer
 
     def _bytes(self) -> int:
         return sum([p.nbytes for p in self._leaves])
+
+    @property
+    def looked(self) -> int:
+        """How many steps were looked at closely."""
+        return sum(known.looked for known in self._stepped.values())
 
     def _spent(self) -> float:
         return self._hooks.seconds + self._deck.seconds
