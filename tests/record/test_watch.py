@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import unstuck
-from unstuck.record import State, _stepped, _watch
+from unstuck.record import State, _stepped, _store, _watch
 from unstuck.record._state import pack_state, snapshot, unpack_state
 
 
@@ -132,7 +132,7 @@ def test_the_states_of_a_large_model_are_on_disk(tmp_path, monkeypatch):
         return run.memory().states
 
     inside = trained(tmp_path / "small")
-    monkeypatch.setattr(_watch, "STATE_BYTES", 10)
+    monkeypatch.setattr(_store, "STATE_BYTES", 10)
     outside = trained(tmp_path / "large")
     assert [s.step for s in outside] == [s.step for s in inside] == [0, 150, 200, 230]
     assert len(list((tmp_path / "large").glob("state-*.pt"))) == 3
@@ -144,8 +144,8 @@ def test_the_states_of_a_large_model_are_on_disk(tmp_path, monkeypatch):
 
 
 def test_a_disk_that_takes_no_state_costs_the_states(tmp_path, monkeypatch):
-    monkeypatch.setattr(_watch, "STATE_BYTES", 10)
-    monkeypatch.setattr(_watch.Shelf, "put", lambda *_: open("/dev/full/x"))  # noqa: SIM115, PTH123
+    monkeypatch.setattr(_store, "STATE_BYTES", 10)
+    monkeypatch.setattr(_store.Shelf, "put", lambda *_: open("/dev/full/x"))  # noqa: SIM115, PTH123
     model = Net()
     with unstuck.watch(folder=tmp_path / "run", budget=100) as run:
         train(model, torch.optim.SGD(model.parameters(), lr=0.1), steps=60)

@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,27 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unstuck.objective import Recorder, Tape, TapeError, caller, pack
+from unstuck.objective import Recorder, Tape, caller
 from unstuck.record._deck import KEPT, Deck, anything_compiled
 from unstuck.record._facts import StaleGradients, cut_off, first_nonfinite, nonfinite_batch, orphans
-from unstuck.record._governor import Alarm, Clock
+from unstuck.record._governor import Alarm
 from unstuck.record._hooks import Hooks
 from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
-from unstuck.record._models import Called, models_alive, parameter_names
+from unstuck.record._models import Leaves
 from unstuck.record._moments import Tick, Ticks
 from unstuck.record._ranks import own_rank, ranked
-from unstuck.record._run import TAPES, Run
-from unstuck.record._state import Shelf, State, pack_state, snapshot
+from unstuck.record._run import Run
 from unstuck.record._stepped import Stepped
+from unstuck.record._store import Store
 
 FIRST_TAPES = 16  # that need not wait for the promised share
 FRUITLESS = 8  # refusals in a row, after which tapes wait for the promised share
 FREE_SECONDS = 2.0  # what they, and those after an alarm, may take at once; later tapes wait until it is made up for
 MARGIN = 0.7  # of the promised share: the rest is for what we cannot time, as the caches that we use
 FIRST_STEPS = 4  # in which all models are called, some of them in a closure of the first step
-SNAPSHOT_EVERY = 50  # steps, at the least
-STATE_BYTES = 16 << 20  # of the weights: where they are larger, states go to the disk at once
 SAFE_BYTES = 64 << 20  # of tapes that are written on the way as well, lest a kill takes them
 SAFE_SECONDS = 30.0  # when that happens first; then at twice the time, and so on
 
@@ -52,14 +49,13 @@ class Watch:
             raise ValueError(f"a folder without a run was needed, but {folder} holds one: name another or delete it")
         self.folder = placed(folder)
         self.steps = 0
-        self._models = list(models)
         self._budget = budget
         self._log = Log(folder, name)
         self._journal = Journal(self._log, self._look)
         self._hooks = Hooks(self)
-        self._leaves: list[Tensor] = []
-        self._names: list[str] = []  # of the leaves: kept, since a model may be gone before its run is written
-        self._deck = Deck(self._leaves)
+        self._leaves = Leaves(models)
+        self._deck = Deck(self._leaves.tensors)
+        self._store = Store(self.folder, self.rank, self._leaves, self._deck, budget)
         self._stepped: dict[int, Stepped] = {}  # the optimisers, by identity
         self._stale = StaleGradients()
         self._losses: list[float | Tensor] = []  # what backward was called on since the last step
@@ -74,19 +70,12 @@ class Watch:
         self._counts: dict[str, int] = {}
         self.facts: list[dict[str, Any]] = []  # as the log has them: few, since a count is told when it has doubled
         self.heard = 0  # steps that a recorder was on for
-        self._called: Called | None = None
-        self._searched = False
         self._ticks = None if tick is None else Ticks(tick, Run(self.folder, live=self, rank=self.rank))
         self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
         self._alarm = Alarm()
         self._pace = 0.0  # seconds of a step without us, the latest counting most
         self._last = (0, 0.0, 0.0)  # the last step that was looked at, its time, and what had been spent by then
-        self._snapshots = Clock(budget / 8, SNAPSHOT_EVERY)
         self._safe_at = SAFE_SECONDS
-        self._first: list[State] = []  # the weights at the start, unless they are large
-        self._recent: deque[State] = deque(maxlen=2)
-        self._shelf: Shelf | None = Shelf(self.folder, self.rank)
-        self._saved = -1
         self._process = os.getpid()
         self._began = time.perf_counter()
 
@@ -103,8 +92,8 @@ class Watch:
             processors=os.cpu_count(),
         )
         self._hooks.put()
-        if not (self._models or anything_compiled()):  # which would have to compile again
-            self._called = Called()
+        if not (self._leaves.models or anything_compiled()):  # which would have to compile again
+            self._leaves.look_out()
         for optimizer in optimizers:
             self._meet(optimizer)
         if optimizers:
@@ -113,7 +102,7 @@ class Watch:
     def stop(self, outcome: str) -> None:
         """Removes everything that `start` put in place and writes what is left to write."""
         self._hooks.remove()
-        self._found_models()
+        self._leaves.found()
         self._deck.close()
         if os.getpid() != self._process:
             return  # a fork of the script that came this far: the run is its parent's
@@ -132,49 +121,19 @@ class Watch:
     def save(self) -> None:
         """Writes the tapes and states to the run folder, whole or not at all."""
         self._log.flush()  # which notices that the folder is gone
-        if self._saved == self.steps or not self._deck.tapes or self._log.failed:
+        if self._log.failed:
             return
-        path = self.folder / ranked(TAPES, self.rank)
-        part = path.with_suffix(".part")
         try:
             self._meet_again()
-            with self._deck.aside(), torch.no_grad():
-                torch.save(self._packed(), part)
-            part.replace(path)
+            self._store.write(self.steps, self._only())
         except Exception as error:  # whatever it is, the training goes on
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
             self._fact("not-saved", because=str(error))
             warn(f"the recorded steps could not be saved: {error}; the diagnosis rests on the log alone")
-        self._saved = self.steps
 
     def flush(self) -> None:
         """Has the log show the run as it stands."""
         self._journal.settle()
         self._log.flush()
-
-    def _packed(self) -> dict[str, Any]:
-        self._learn_names(thoroughly=True)
-        last = snapshot(self.steps, self._leaves, self._only(), copy=False)
-        states = [*self._first, *(s for s in self._recent if s.step < self.steps), last]
-        data = pack(self._packable())
-        data["names"] = self._names
-        data["states"] = [pack_state(s) for s in states if len(s.weights) == len(self._leaves)]
-        data["rescaled"] = self._deck.rescaled
-        return data
-
-    def _packable(self) -> list[Tape]:
-        """The tapes whose programs can be written to disk."""
-        fit: dict[int, bool] = {}
-        for tape in self._deck.tapes:
-            if id(tape.program) not in fit:
-                try:
-                    pack([tape])
-                    fit[id(tape.program)] = True
-                except TapeError as error:
-                    fit[id(tape.program)] = False
-                    self._deck.refuse(str(error))
-        return [t for t in self._deck.tapes if fit[id(t.program)]]
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -201,7 +160,7 @@ class Watch:
 
     def compiling(self) -> None:
         self._deck.silence()
-        self._found_models()
+        self._leaves.found()
 
     def scaled(self, loss: Any, result: Any) -> None:
         if isinstance(loss, Tensor) and isinstance(result, Tensor):
@@ -246,13 +205,14 @@ class Watch:
         stepped = self._meet(optimizer)
         stale = self._stale.used_by(optimizer)
         if stale is not None:
-            self._counted("stale-gradient", of=self.looked + 1, where=self._name(stale), line=caller())
+            self._counted("stale-gradient", of=self.looked + 1, where=self._leaves.name(stale), line=caller())
         if self.steps == 0:
             self._remember()
         tape = None
         if recorder is not None:
             with torch.no_grad():
                 tape = self._heard_step(recorder, optimizer, fit=stale is None)
+                self._note_cuts(recorder, optimizer)
         if not self._finite and "non-finite" not in self._counts:  # now, while the weights are still those of the loss
             self._blew_up(self.steps + 1, self._record["loss"], tape)
         rate = optimizer.param_groups[0].get("lr")
@@ -290,14 +250,13 @@ class Watch:
                 record |= stepped.pulses.after_step(self._pace)
         began = time.perf_counter()
         record["order"], record["skipped"] = "".join((*self._hooks.order, "s")), self._skipped
-        if self._models:
-            record["training"] = all(m.training for m in self._models)
+        if self._leaves.models:
+            record["training"] = all(m.training for m in self._leaves.models)
         self._plan()
         if self._cost:
             self._cost += time.perf_counter() - began
-        if self._snapshots.due(self.steps):
-            with torch.no_grad():
-                self._remember()
+        if self._store.due(self.steps):
+            self._remember()
 
     def _plan(self) -> None:
         """Whether the next step is recorded, and whether the run is saved as it stands."""
@@ -314,8 +273,8 @@ class Watch:
         if over < 0 or (self._wanted > 0 and over < FREE_SECONDS and self._refused < FRUITLESS):  # the next one too
             self._wanted -= 1
             self._deck.listen()
-        if self._called is not None and (self.steps >= FIRST_STEPS or not self._nameless()):
-            self._found_models()
+        if self._leaves.looks_out and (self.steps >= FIRST_STEPS or not self._leaves.nameless):
+            self._leaves.found()
 
     def _heard_step(self, recorder: Recorder, optimizer: torch.optim.Optimizer, *, fit: bool) -> Tape | None:
         """The tape of the step that was recorded, if it can be trusted."""
@@ -327,18 +286,23 @@ class Watch:
         if tape is not None:
             self._deck.keep(tape)
             # statistics that the blow-up has spoilt are inputs of a step, too
-            batch = nonfinite_batch(tape, self._spoilt()) if self._unexplained else None
+            batch = nonfinite_batch(tape, self._leaves.spoilt()) if self._unexplained else None
             if batch is not None:  # the step at which it did the harm was not recorded, but it has come again
                 self._unexplained = False
                 self._fact("non-finite-batch", **batch)
+        return tape
+
+    def _note_cuts(self, recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
+        """Tells of parameters that no gradient reaches, or no optimiser moves."""
         cut = cut_off(recorder, optimizer)
         if cut:
             function, line = recorder.cuts[0]
-            self._counted("graph-cut", of=self.heard, names=[self._name(p) for p in cut], function=function, line=line)
+            self._counted(
+                "graph-cut", of=self.heard, names=[self._leaves.name(p) for p in cut], function=function, line=line
+            )
         lost = orphans(recorder, [known.optimizer for known in self._stepped.values()])
         if lost:
-            self._counted("orphan-gradient", of=self.heard, names=[self._name(p) for p in lost])
-        return tape
+            self._counted("orphan-gradient", of=self.heard, names=[self._leaves.name(p) for p in lost])
 
     def _look(self, step: int, loss: float) -> None:
         """Is told the loss of each step, a little later."""
@@ -349,29 +313,19 @@ class Watch:
             tape = next((t for t in self._deck.tapes if t.step == step), None)
             self._blew_up(step, loss, tape)
 
-    def _spoilt(self) -> set[torch.Size]:
-        """The shapes of the models' buffers that are not finite."""
-        buffers = (b for m in self._models for b in m.buffers() if b.is_floating_point())
-        return {b.shape for b in buffers if not bool(b.isfinite().all())}
-
     def _blew_up(self, step: int, loss: float, tape: Tape | None) -> None:
-        where = first_nonfinite(tape, self._leaves, self._name)
+        where = first_nonfinite(tape, self._leaves.tensors, self._leaves.name)
         self._unexplained = where["origin"] in ("unknown", "parameter")
         self._wanted = KEPT  # at once: the batch that did it may come again soon
         self._counted("non-finite", of=step, step=step, loss=loss, **where)
 
     def _remember(self) -> None:
-        """Keeps the weights as they stand, if they are finite: the first, and of the later ones the last two."""
-        began = time.perf_counter()
-        if self._finite and self._bytes() <= STATE_BYTES:
-            (self._recent if self.steps else self._first).append(snapshot(self.steps, self._leaves, self._only()))
-        elif self._finite and self._shelf is not None:
-            try:
-                self._shelf.put(snapshot(self.steps, self._leaves, self._only(), copy=False))
-            except (OSError, RuntimeError) as error:
-                self._shelf = None
-                self._fact("not-saved", because=str(error))
-        self._snapshots.took(self.steps, time.perf_counter() - began, self._pace)
+        if not self._finite:
+            return
+        try:
+            self._store.remember(self.steps, self._only(), self._pace)
+        except (OSError, RuntimeError) as error:
+            self._fact("not-saved", because=str(error))
 
     def gave_up(self, reason: str) -> None:
         self._deck.close()
@@ -384,13 +338,13 @@ class Watch:
         moved = _moved(optimizer)
         if stepped is not None and stepped.size == len(moved):
             return stepped
-        known = {id(p) for p in self._leaves}
+        known = {id(p) for p in self._leaves.tensors}
         new = [p for p in moved if id(p) not in known]
         if new:
             self._deck.silence()  # a recorder counts the leaves that it began with
-            self._leaves += new
-        if len(self._leaves) != len(self._names):
-            self._learn_names()
+            self._leaves.tensors += new
+        if len(self._leaves.tensors) != len(self._leaves.names):
+            self._leaves.learn()
         if stepped is None:
             number = len(self._stepped)
             stepped = self._stepped[id(optimizer)] = Stepped(optimizer, number, self._budget)
@@ -428,37 +382,9 @@ class Watch:
         self.facts.append({"kind": "fact", **fact})
         self._log.write("fact", **fact)
 
-    def _learn_names(self, *, thoroughly: bool = False) -> None:
-        self._names = parameter_names(self._leaves, self._models)
-        if self._nameless() and self._called is not None:
-            self._models = self._called.models() or self._models
-            self._names = parameter_names(self._leaves, self._models)
-        if self._nameless() and thoroughly:
-            self._models = models_alive() or self._models
-            self._names = parameter_names(self._leaves, self._models)
-
-    def _nameless(self) -> bool:
-        return any(name.startswith("tensor[") for name in self._names)
-
-    def _found_models(self) -> None:
-        """Looks for models no longer."""
-        if self._called is not None:
-            self._learn_names()
-            self._called.close()
-            self._called = None
-
-    def _name(self, leaf: Tensor) -> str:
-        if len(self._leaves) != len(self._names) or self._nameless():
-            self._learn_names(thoroughly=not self._searched)
-            self._searched = True  # which takes its time, and is worth it once
-        return next((n for n, p in zip(self._names, self._leaves, strict=True) if p is leaf), "")
-
     def _only(self) -> torch.optim.Optimizer | None:
-        (only, *more) = self._stepped.values()
-        return None if more else only.optimizer
-
-    def _bytes(self) -> int:
-        return sum([p.nbytes for p in self._leaves])
+        known = list(self._stepped.values())
+        return known[0].optimizer if len(known) == 1 else None
 
     @property
     def looked(self) -> int:

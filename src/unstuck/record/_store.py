@@ -1,0 +1,94 @@
+"""What of a run is kept to be replayed later: its tapes, and the weights and optimiser at a few steps."""
+
+import contextlib
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unstuck.objective import Tape, TapeError, pack
+from unstuck.record._deck import Deck
+from unstuck.record._governor import Clock
+from unstuck.record._models import Leaves
+from unstuck.record._ranks import ranked
+from unstuck.record._run import TAPES
+from unstuck.record._state import Shelf, State, pack_state, snapshot
+
+SNAPSHOT_EVERY = 50  # steps, at the least
+STATE_BYTES = 16 << 20  # of the weights: where they are larger, states go to the disk at once
+
+
+class Store:
+    """Keeps the weights at the start and at the last two moments that had their turn; `write` has the folder hold all.
+
+    Errors of the disk pass: OSError, RuntimeError.
+    """
+
+    def __init__(self, folder: Path, rank: int | None, leaves: Leaves, deck: Deck, budget: float) -> None:
+        self._path = folder / ranked(TAPES, rank)
+        self._leaves = leaves
+        self._deck = deck
+        self._clock = Clock(budget / 8, SNAPSHOT_EVERY)
+        self._first: list[State] = []  # unless it is large
+        self._recent: deque[State] = deque(maxlen=2)
+        self._shelf: Shelf | None = Shelf(folder, rank)
+        self._written = -1
+
+    def due(self, step: int) -> bool:
+        return self._clock.due(step)
+
+    def remember(self, step: int, optimizer: torch.optim.Optimizer | None, pace: float) -> None:
+        """Keeps the weights, finite ones, as they stand after `step` steps of `pace` seconds."""
+        began = time.perf_counter()
+        try:
+            with torch.no_grad():
+                if self._leaves.nbytes <= STATE_BYTES:
+                    state = snapshot(step, self._leaves.tensors, optimizer)
+                    (self._recent if step else self._first).append(state)
+                elif self._shelf is not None:
+                    self._shelf.put(snapshot(step, self._leaves.tensors, optimizer, copy=False))
+        except (OSError, RuntimeError):
+            self._shelf = None
+            raise
+        finally:
+            self._clock.took(step, time.perf_counter() - began, pace)
+
+    def write(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
+        """Writes the tapes and the states to the run folder, whole or not at all, unless nothing has come since."""
+        if self._written == step or not self._deck.tapes:
+            return
+        self._written = step
+        part = self._path.with_suffix(".part")
+        try:
+            with self._deck.aside(), torch.no_grad():
+                torch.save(self._packed(step, optimizer), part)
+            part.replace(self._path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+
+    def _packed(self, step: int, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        self._leaves.learn(thoroughly=True)
+        last = snapshot(step, self._leaves.tensors, optimizer, copy=False)
+        states = [*self._first, *(s for s in self._recent if s.step < step), last]
+        data = pack(self._packable())
+        data["names"] = self._leaves.names
+        data["states"] = [pack_state(s) for s in states if len(s.weights) == len(self._leaves.tensors)]
+        data["rescaled"] = self._deck.rescaled
+        return data
+
+    def _packable(self) -> list[Tape]:
+        """The tapes whose programs can be written to disk."""
+        fit: dict[int, bool] = {}
+        for tape in self._deck.tapes:
+            if id(tape.program) not in fit:
+                try:
+                    pack([tape])
+                    fit[id(tape.program)] = True
+                except TapeError as error:
+                    fit[id(tape.program)] = False
+                    self._deck.refuse(str(error))
+        return [t for t in self._deck.tapes if fit[id(t.program)]]
