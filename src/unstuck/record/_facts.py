@@ -16,7 +16,7 @@ class StaleGradients:
     WATCHED = 3  # parameters of each optimiser: a missing zero_grad() concerns all of them
 
     def __init__(self) -> None:
-        self.count = 0
+        self.looked = 0  # steps of which the one before was noted
         self.left: dict[int, list[tuple[Tensor, int, int]]] = {}  # by optimiser: parameter, its grad's id and version
         self._stale: dict[int, bool] = {}
 
@@ -45,12 +45,14 @@ class StaleGradients:
 
     def used_by(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """A parameter whose old gradient is part of the one that the coming step uses."""
+        if id(optimizer) not in self.left:
+            return None
+        self.looked += 1
         if not self._stale.get(id(optimizer)):
             return None
         left = self.left[id(optimizer)]
         if any(p.grad is None or id(p.grad) != i for p, i, _ in left):
             return None
-        self.count += 1
         return left[0][0]
 
 

@@ -173,7 +173,7 @@ class Run:
 
     @property
     def looked(self) -> int:
-        """How many steps were looked at closely; 0 where the run was killed."""
+        """How many steps were looked at for gradients that the step before had left; 0 where the run was killed."""
         if self._live is not None:
             return self._live.looked
         return self._last("looked") or 0

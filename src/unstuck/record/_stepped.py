@@ -21,16 +21,13 @@ class Stepped:
         self.pulses = Pulses(optimizer, budget)
         self.closely = True
         self.steps = 0
-        self.looked = 0  # of them closely
         self._looks = Clock(budget / 8)
 
     def took_step(self, seconds: float, pace: float, *, closely: bool) -> None:
         """A step was taken; to look at it closely took so many seconds, or 0 where that tells nothing."""
         self.steps += 1
-        if closely:
-            self.looked += 1
-            if seconds and self.steps > 1:  # the first sets things up
-                self._looks.took(self.steps, seconds, pace)
+        if closely and seconds and self.steps > 1:  # the first sets things up
+            self._looks.took(self.steps, seconds, pace)
         # now and then a little later, lest a habit that the loop repeats is always met at one place
         late = (self.steps * 2654435761 >> 16) % (self._looks.every // 2 + 1)
         self.closely = self._looks.due(self.steps + 1 - late) or self.steps < FIRST_LOOKS or self.pulses.compares

@@ -205,7 +205,7 @@ class Watch:
         stepped = self._meet(optimizer)
         stale = self._stale.used_by(optimizer)
         if stale is not None:
-            self._counted("stale-gradient", of=self.looked + 1, where=self._leaves.name(stale), line=caller())
+            self._counted("stale-gradient", of=self.looked, where=self._leaves.name(stale), line=caller())
         if self.steps == 0:
             self._remember()
         tape = None
@@ -237,9 +237,9 @@ class Watch:
         self._hooks.order.clear()
         self._journal.add(record)
         stepped.took_step(self._cost, self._pace, closely=self._closely)
-        if stepped.closely:
+        if stepped.closely or self._deck.listening:
             self._stale.note_step(optimizer)
-        else:
+        elif self._stale.left:
             self._stale.forget(optimizer)
         if self._ticks is not None:
             self._hooks.seconds -= self._ticks()  # which has its own share
@@ -388,8 +388,8 @@ class Watch:
 
     @property
     def looked(self) -> int:
-        """How many steps were looked at closely."""
-        return sum(known.looked for known in self._stepped.values())
+        """How many steps were looked at for gradients that the step before had left."""
+        return self._stale.looked
 
     def _spent(self) -> float:
         return self._hooks.seconds + self._deck.seconds
