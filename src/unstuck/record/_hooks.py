@@ -144,7 +144,7 @@ class Hooks:
 
     def _guarded(self, hook: Callable[..., None]) -> Callable[..., None]:
         def run(*args: Any, **kwargs: Any) -> None:
-            if self._failed or self.paused or os.getpid() != self._process:
+            if self._failed or self.paused or os.getpid() != self._process or _capturing():
                 return
             began = time.perf_counter()
             try:
@@ -155,6 +155,11 @@ class Hooks:
             self.seconds += time.perf_counter() - began
 
         return _disable_dynamo(run)  # where the script compiles its whole step, it is not to compile ours
+
+
+def _capturing() -> bool:
+    """Whether the script captures a CUDA graph, which a look at a number would break, and our work become part of."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _exchange(owner: Any, name: str, original: Any, wrapped: Any) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unstuck.objective import Recorder, Tape, TapeError, caller, pack
 from unstuck.record._deck import KEPT, Deck, anything_compiled
+from unstuck.record._devices import wait
 from unstuck.record._facts import StaleGradients, cut_off, first_nonfinite, nonfinite_batch, orphans
 from unstuck.record._governor import Alarm, Clock
 from unstuck.record._hooks import Hooks
@@ -69,6 +70,7 @@ class Watch:
         self._record: dict[str, Any] = {}  # of the step being taken
         self._skipped = 0  # steps that a GradScaler left out
         self._finite = True  # whether the last loss was
+        self._waited = 0.0  # seconds, for devices to do what the script had asked of them
         self._refused = 0  # tapes in a row
         self._unexplained = False  # whether a loss that was not may be the fault of a batch
         self._counts: dict[str, int] = {}
@@ -251,6 +253,7 @@ class Watch:
         self._forget_losses()
         self._journal.add(record)
         if self._snapshots.due(self.steps):
+            self._journal.settle()  # whether the loss is finite may still lie on a device
             with torch.no_grad():
                 self._remember()
         if elapsed > self._safe_at:
@@ -272,6 +275,7 @@ class Watch:
     def _heard_step(self, recorder: Recorder, optimizer: torch.optim.Optimizer, *, fit: bool) -> Tape | None:
         """The tape of the step that was recorded, if it can be trusted."""
         self.heard += 1
+        self._waited += wait({loss.device for loss in self._losses})
         tape = self._deck.compiled(recorder, self.steps + 1)
         self._refused = 0 if tape is not None else self._refused + 1
         if tape is not None and fit and not self._deck.check(tape, _moved(optimizer)):
@@ -421,7 +425,7 @@ class Watch:
         return sum([p.nbytes for p in self._leaves])
 
     def _spent(self) -> float:
-        return self._hooks.seconds + self._deck.seconds
+        return self._hooks.seconds + self._deck.seconds - self._waited - self._journal.waited
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._began
