@@ -1,6 +1,7 @@
 """A step recorded on a GPU gives its loss and gradient again there, and on a CPU where that can be."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -169,7 +170,7 @@ def test_a_run_is_read_and_diagnosed_on_a_machine_without_a_gpu(name, device, tm
             step(k)
     kept = run.memory()
     assert {w.device.type for s in kept.states for w in s.weights} == {device.type}
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": ":".join(sys.path)}
     code = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, str(run.folder)]
     found = subprocess.run(code, env=hidden, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr

@@ -34,7 +34,7 @@ HEALTHY = {
     "before": "pass",
     "clear": "optimizer.zero_grad()",
 }
-POISON = "inputs = inputs.masked_fill(torch.tensor(step >= 137), float('nan')) if step == 137 else inputs"
+POISON = "inputs = inputs * float('nan') if step == 137 else inputs"
 
 
 def verdict(tmp_path, device, **changes):

@@ -11,7 +11,7 @@ from gpu_programs import PROGRAMS
 
 import unstuck
 
-STEPS = 400
+STEPS = 1500
 # These wait by themselves, or copy from the CPU: what is the watcher's share cannot be told.
 WAITING = {"float16 with a scaler", "embedding on the cpu", "data on the cpu"}
 
@@ -43,12 +43,13 @@ def test_only_recording_and_reading_back_wait(name, device, tmp_path):
     with waits(device) as found:
         step(1)
     assert not found, "the program waits by itself"
+    count = STEPS if device.type == "cuda" else STEPS // 10
     ordinary, stated = Counter(), Counter()
     kinds = Counter()
     with unstuck.watch(folder=tmp_path / "run") as run:
         watcher = run._live
         step, _ = PROGRAMS[name](device)
-        for k in range(STEPS):
+        for k in range(count):
             heard, snapshots = run.heard, watcher._snapshots._next
             with waits(device) as found:
                 step(k)
@@ -58,8 +59,8 @@ def test_only_recording_and_reading_back_wait(name, device, tmp_path):
             (stated if kind else ordinary).update(found)
     print(f"\n{name}: steps {dict(kinds)}; waits at {dict(stated.most_common(12))}")
     assert ordinary == {}
-    assert kinds["ordinary"] > STEPS // 2 or device.type != "cuda"
+    assert kinds["ordinary"] > count // 3 or device.type != "cuda"
     assert not [e for e in run.of("fact") if e["code"] == "watcher-failed"]
     steps, losses = run.series("loss")
-    assert len(losses) >= STEPS
+    assert len(losses) >= count
     assert steps == sorted(steps)
