@@ -55,7 +55,7 @@ def test_a_run_of_a_gpu_is_the_same_run_on_a_cpu(tmp_path):
     there = run.memory()
     assert there is not None
     assert there.left_out == ""
-    assert len(there.tapes) == len(here.tapes) == 70
+    assert len(there.tapes) == len(here.tapes) == 69  # the first step had begun
     for a, b in zip(here.states, there.states, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.weights, b.weights, strict=True))
     weights = here.states[-1].weights
