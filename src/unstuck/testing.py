@@ -19,7 +19,8 @@ def check_operator(A: Operator, *, generator: torch.Generator | None = None) -> 
 
     Linearity and symmetry are asked for to √ulp of the operator's dtype, relative to the vectors that meet.
     """
-    u, v = torch.randn(2, A.size, generator=draws(generator, A.device), dtype=A.dtype, device=A.device)
+    generator = draws(generator, A.device)
+    u, v = torch.randn(2, A.size, generator=generator, dtype=A.dtype, device=generator.device).to(A.device)
     kept = v.clone()
     Au, Av = A @ u, A @ v
     tolerance = torch.finfo(A.dtype).eps ** 0.5

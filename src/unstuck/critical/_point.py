@@ -230,7 +230,8 @@ def _by_walking(objective: Objective, spectrum: Eigenpairs, zero: float, generat
     flat = spectrum.vectors[signed == 0]
     if len(flat) == len(signed):
         return "degenerate"
-    mixed = torch.randn(8, len(flat), generator=generator, dtype=flat.dtype, device=flat.device) @ flat
+    drawn = torch.randn(8, len(flat), generator=generator, dtype=flat.dtype, device=generator.device)
+    mixed = drawn.to(flat.device) @ flat
     ways = torch.cat([flat[:50], mixed / mixed.norm(dim=1, keepdim=True)])
     start, here = objective.point, objective.value().item()
     width = start.norm().item() or 1.0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from unstuck.curvature._krylov import Krylov, Ritz
-from unstuck.curvature._operator import Operator, draws
+from unstuck.curvature._operator import Operator, draws, gaussian
 
 _RANDOM_PART = 0.3  # of a warm start, beside the unit vector that is known
 _LEAD = 0.25  # of what an operator leads with, beside a random unit vector
@@ -223,7 +223,7 @@ def _spread(count: int, largest: int, smallest: int) -> list[int]:
 
 def _beside(A: Operator, known: Tensor | None, part: float, generator: torch.Generator) -> tuple[Tensor, float]:
     """A random vector of norm `part` beside what is known, as a unit vector; and the share of it that is random."""
-    drawn = torch.randn(A.size, generator=generator, dtype=A.dtype, device=A.device)
+    drawn = gaussian(A, generator)
     drawn /= float(A.dot(drawn, drawn)) ** 0.5
     length = 0.0 if known is None else float(A.dot(known, known)) ** 0.5
     if known is None or not 0 < length < math.inf:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unstuck.curvature._operator import Operator, draws
+from unstuck.curvature._operator import Operator, draws, gaussian
 
 _COLUMNS = 2**20  # of the basis, that are replaced at a time
 
@@ -155,8 +155,7 @@ class Krylov:
         return torch.linalg.eigvalsh(longer)  # of the lower triangle
 
     def _random(self) -> Tensor:
-        drawn = torch.randn(self.A.size, generator=self.generator, dtype=self.A.dtype, device=self.A.device)
-        vector, norm = self._orthogonal(drawn)
+        vector, norm = self._orthogonal(gaussian(self.A, self.generator))
         return vector.div_(norm)
 
     def _orthogonal(self, vector: Tensor) -> tuple[Tensor, float]:

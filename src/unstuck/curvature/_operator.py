@@ -101,6 +101,11 @@ def draws(generator: torch.Generator | None, device: torch.device | str) -> torc
     return torch.Generator(device).manual_seed(0) if generator is None else generator
 
 
+def gaussian(A: Operator, generator: torch.Generator) -> Tensor:
+    """A vector of standard normal numbers for A, from a generator of any device."""
+    return torch.randn(A.size, generator=generator, dtype=A.dtype, device=generator.device).to(A.device)
+
+
 @dataclass(frozen=True, eq=False)
 class ArrayOperator:
     """An operator on NumPy arrays, with the attributes by which SciPy takes it for a LinearOperator."""

@@ -31,7 +31,7 @@ class Trace:
 
 def signs(A: Operator, generator: torch.Generator) -> Tensor:
     """A vector of random signs for A: E[v vᵀ] = I."""
-    return torch.randint(2, (A.size,), generator=generator, device=A.device).to(A.dtype) * 2 - 1
+    return torch.randint(2, (A.size,), generator=generator, device=generator.device).to(A.device, A.dtype) * 2 - 1
 
 
 def without(A: Operator, known: Eigenpairs) -> Operator:
@@ -96,7 +96,7 @@ def xtrace(A: Operator, *, products: int = 40, tol: float = 0.05, generator: tor
     if not len(basis):
         return _summary([0.0] * count, tol=tol, products=count)
     images = torch.stack([A @ q for q in basis])
-    H, W = (torch.stack([A.dot(basis, x) for x in xs], dim=1).double() for xs in (images, probes))
+    H, W = (torch.stack([A.dot(basis, x) for x in xs], dim=1).double().cpu() for xs in (images, probes))
     if len(basis) < count:  # the range of A is exhausted
         drawn = [float(H.trace())] * count
     else:

@@ -68,7 +68,7 @@ class Case:
         if name not in self._known:
             try:
                 self._known[name] = self._measures[name](self)
-            except (TapeError, ValueError) as error:
+            except (TapeError, ValueError, torch.OutOfMemoryError) as error:
                 self._known[name] = None
                 self.reasons[name] = str(error)
         return self._known[name]
@@ -80,9 +80,17 @@ class Case:
         return self._once[function]
 
     @cached_property
+    def _kept(self) -> Memory | None:
+        return self.run.memory()
+
+    @cached_property
     def memory(self) -> Memory | None:
-        memory = self.run.memory()
-        return memory if memory is not None and memory.tapes else None
+        return self._kept if self._kept is not None and self._kept.tapes else None
+
+    @property
+    def left_out(self) -> str:
+        """Why steps that were recorded cannot be replayed here."""
+        return "" if self._kept is None else self._kept.left_out
 
     @cached_property
     def tapes(self) -> tuple[Tape, ...]:
@@ -173,7 +181,7 @@ def distinct(tapes: Sequence[Tape]) -> tuple[Tape, ...]:
 def _fingerprint(constant: Tensor) -> tuple[Any, ...]:
     x = constant.detach()
     x = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).double().flatten()
-    weights = torch.arange(1, len(x) + 1, dtype=torch.float64).remainder_(97.0)
+    weights = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device).remainder_(97.0)
     return tuple(constant.shape), float(x.sum()), float(x @ weights)
 
 

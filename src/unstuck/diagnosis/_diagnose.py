@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
+
 from unstuck.diagnosis._case import Case, Measure
 from unstuck.diagnosis._exact import EXACT, exact_findings, non_finite
 from unstuck.diagnosis._findings import (
@@ -21,6 +23,7 @@ from unstuck.diagnosis._findings import (
 from unstuck.diagnosis._hypotheses import BLIND, DIVERGED, HYPOTHESES, MEASURES, Hypothesis, symptom
 from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, run_trial
+from unstuck.objective import TapeError
 from unstuck.record import Run
 
 LASTING = 10.0  # times its start that a finite loss ends at, where that alone is to be a fault
@@ -118,7 +121,7 @@ def _tried(case: Case, h: Hypothesis, sign: str, progress: Progress | None) -> F
     if arms:
         try:
             trial = run_trial(case, arms, state=h.origin(case), progress=_later(progress))
-        except ValueError as error:
+        except (ValueError, TapeError, torch.OutOfMemoryError) as error:
             because = str(error)
     if trial is not None and trial.accepted:
         word = PROVED
@@ -186,6 +189,7 @@ def since(case: Case) -> int:
 def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
     reasons = next((e["refusals"] for e in reversed(case.run.of("end")) if e.get("refusals")), {})
     because = max(reasons, key=reasons.__getitem__) if reasons else "no step could be recorded for replay"
+    because = case.left_out or because
     level, rise = case["loss over chance"], case["rise of the loss"]
     least = 0.8 if sign != DIVERGED else LASTING
     number = sign != DIVERGED or (rise is not None and math.isfinite(rise.value))

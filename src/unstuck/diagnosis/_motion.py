@@ -162,8 +162,8 @@ def _curvature_times_rate(case: Case, state: State | None, name: str) -> Evidenc
     known = [r for r in rates if r is not None]
     if len(known) < len(rates):
         return None
-    scale = torch.cat([r.flatten().expand(state.weights[k].numel()) for r, k in zip(known, used, strict=True)])
-    root = scale.sqrt().to(objective.point)
+    each = (r.flatten().expand(state.weights[k].numel()) for r, k in zip(known, used, strict=True))
+    root = torch.cat([r.to(objective.device) for r in each]).sqrt().to(objective.dtype)
     H = hessian(objective)
     A = replace(H, matvec=lambda v: root * (H @ (root * v)))
     pairs = eigenpairs(A, largest=1, smallest=1, tol=0.05, max_products=40, generator=torch.Generator().manual_seed(0))

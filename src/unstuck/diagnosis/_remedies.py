@@ -70,7 +70,7 @@ def along(direction: torch.Tensor, parameters: Iterable[int]) -> Remedy:
         place = 0
         for k in chosen:
             w = copy.weights[k]
-            copy.set_weight(k, w.detach() + direction[place : place + w.numel()].view_as(w))
+            copy.set_weight(k, w.detach() + direction[place : place + w.numel()].view_as(w).to(w))
             place += w.numel()
 
     return Remedy("a step along the negative curvature", apply)

@@ -3,7 +3,9 @@
 from unstuck.objective._calls import caller
 from unstuck.objective._chunks import Chunk, Linear, Plan
 from unstuck.objective._custom import both_sides, check_custom, check_linear
+from unstuck.objective._devices import on_cpu
 from unstuck.objective._graph import Vault
+from unstuck.objective._kernels import second_order
 from unstuck.objective._model import examples, unwrapped
 from unstuck.objective._objective import Objective
 from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, tensors
@@ -34,9 +36,11 @@ __all__ = [
     "examples",
     "gradient_of",
     "nodes_behind",
+    "on_cpu",
     "origins",
     "pack",
     "second_derivatives",
+    "second_order",
     "tensors",
     "unpack",
     "unwrapped",

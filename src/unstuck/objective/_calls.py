@@ -1,6 +1,7 @@
 """What the recorder knows of torch's calls by their names: which only look, which write, draw, read back or cut."""
 
 import functools
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,7 +38,7 @@ CUTS = frozenset("detach detach_ data numpy __array__ tolist item".split())
 STATISTICS = frozenset(  # write into arguments other than the first, and the versions do not tell
     "batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit".split()
 )
-_RECURRENT = frozenset("gru lstm rnn_tanh rnn_relu".split())
+RECURRENT = frozenset("gru lstm rnn_tanh rnn_relu".split())
 _ELASTIC = frozenset(  # the shape of the result depends on the numbers in the arguments
     "nonzero argwhere masked_select unique unique_consecutive repeat_interleave bincount one_hot tensor_split "
     "_pack_padded_sequence _pad_packed_sequence arange unique_dim _unique2".split()
@@ -124,9 +125,19 @@ def may_draw(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of a kind that draws does so: attention and recurrent networks do with a share to drop only."""
     if name == "scaled_dot_product_attention":
         return bool(args[4] if len(args) > 4 else kwargs.get("dropout_p", 0.0))
-    if name in _RECURRENT:
+    if name in RECURRENT:
         return bool(kwargs) or any(isinstance(x, float) and x for x in args)  # the share is their only float
     return True
+
+
+def unrepeatable(name: str, args: Sequence[Any]) -> bool:
+    """Whether a call drops by masks that follow no generator, so that to draw them again would change the next ones."""
+    return (
+        name in RECURRENT
+        and args[0].is_cuda
+        and torch.backends.cudnn.enabled
+        and any(isinstance(x, float) and x and train for x, train in itertools.pairwise(args))
+    )
 
 
 def elastic(name: str, args: tuple[Any, ...]) -> bool:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from unstuck.objective._kernels import native
 from unstuck.objective._term import WRITTEN_BATCH, Term
 
 
@@ -138,7 +139,8 @@ class _TwiceDifferentiable(TorchFunctionMode):
             affine = _affine(*args, **kwargs)
             if affine is not None:
                 return self._scaled(args[0] if args else kwargs["input"], *affine)
-        result = func(*args, **kwargs)
+        with native(func, args):
+            result = func(*args, **kwargs)
         if func in _LINEAR and torch.is_grad_enabled():
             self.latest = _Layer(result, result._version, func, args, kwargs)
         return result

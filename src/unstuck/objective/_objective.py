@@ -12,6 +12,7 @@ from unstuck.objective import _ranks
 from unstuck.objective._chunks import Chunk, Graphs, Linear, Plan
 from unstuck.objective._custom import both_sides, check_custom
 from unstuck.objective._division import Division
+from unstuck.objective._kernels import full_precision
 from unstuck.objective._matmul import fast_matmul
 from unstuck.objective._model import batch_terms, examples, unwrapped
 from unstuck.objective._term import (
@@ -284,7 +285,8 @@ class Objective:
             self._check_leaves()
             return total
 
-        return (_ranks.total(weighted, like, self._group)[0] / self.weight).to(self.dtype)
+        with full_precision(device for _, device in self._kinds):
+            return (_ranks.total(weighted, like, self._group)[0] / self.weight).to(self.dtype)
 
     def _mean(self, parts: Callable[[], Iterable[Sequence[Tensor]]], *, mark: float = 0.0) -> Tensor:
         """Σ w_b x_b / Σ w_b, flat: the one place where batches and ranks are summed."""
@@ -298,7 +300,8 @@ class Objective:
             self._check_leaves()
             return total
 
-        return _ranks.total(weighted, self._point, self._group, mark=mark).div_(self.weight)
+        with full_precision(device for _, device in self._kinds):
+            return _ranks.total(weighted, self._point, self._group, mark=mark).div_(self.weight)
 
 
 def _chunks(divided: Division, leaves: Sequence[Tensor], first: int) -> list[Chunk]:

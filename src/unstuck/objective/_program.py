@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unstuck.objective._calls import STATISTICS, updates
 
@@ -114,7 +113,8 @@ class Tape:
     def replay(self, values: Sequence[Tensor], *, observe: Observer | None = None) -> Tensor:
         """The loss (0-d) at `values`, one tensor a parameter; later ones that the step did not know are ignored.
 
-        The global generator is left as it was. `observe(instruction, arguments, result)` sees every call.
+        The global generators are left as they were. `observe(instruction, arguments, result)` sees every call. Under
+        `second_order` it takes kernels that have second derivatives.
         TapeError where the script would have taken another path with these values.
         """
         for tensor, version in zip(self.constants, self.versions, strict=True):
@@ -125,7 +125,7 @@ class Tape:
         slots: list[Any] = [None] * program.size
         slots[: program.parameters] = values[: program.parameters]
         states = iter(self.states)
-        with _own_generator(values), sdpa_kernel(SDPBackend.MATH), _Surroundings() as surroundings:
+        with _own_generator((*values, *constants)), _Surroundings() as surroundings:
             for call, released in zip(program.instructions, program.released, strict=True):
                 surroundings.enter(call)
                 _run(call, slots, constants, next(states) if call.random else None, observe)
@@ -154,14 +154,19 @@ def generator_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
+def _restore(state: Tensor, device: torch.device) -> None:
+    if state.shape != generator_state(device).shape:
+        raise TapeError(f"the step drew its random numbers on another device than {device}, which cannot repeat them")
+    torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+
+
 def _run(
     call: Instruction, slots: list[Any], constants: list[Tensor], state: Tensor | None, observe: Observer | None
 ) -> None:
     args = tuple(fill(a, slots, constants) for a in call.args)
     kwargs = {k: fill(v, slots, constants) for k, v in call.kwargs}
     if state is not None:
-        device = tensors((args, kwargs))[0].device
-        torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
+        _restore(state, tensors((args, kwargs))[0].device)
     if call.name in STATISTICS and not updates(
         call.name, args, kwargs
     ):  # or a later call would write into what it saves

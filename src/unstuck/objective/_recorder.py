@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-from unstuck.objective._calls import SHAPES, Kind, caller, elastic, is_flag, kind_of, may_draw, updates
+from unstuck.objective._calls import SHAPES, Kind, caller, elastic, is_flag, kind_of, may_draw, unrepeatable, updates
 from unstuck.objective._compile import compiled
 from unstuck.objective._graph import Call, Made, Taken, Vault, ancestors, memory_of, steering, version_of, versions_of
 from unstuck.objective._program import Program, Slice, Slot, Tape, TapeError, generator_state, leaves, tensors
@@ -355,6 +355,8 @@ class Recorder(TorchFunctionMode):
             call.kwargs = tuple([(k, encode(v, call)) for k, v in kwargs.items()])
             if call.refusal is None and "out" in kwargs:
                 call.refusal = f"{name}() writes through out="
+        if kind.draws and unrepeatable(name, args):
+            call.refusal = f"{name}() drops by masks of cuDNN's, which cannot be drawn again"
         if kind.cuts and (call.needs or call.touches):
             self.cuts.append((name, caller() if len(self.cuts) < 8 else ""))
         if kind.elastic and elastic(name, args):

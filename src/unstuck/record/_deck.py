@@ -1,6 +1,7 @@
 """Records steps as tapes, keeps the last ones and checks some of them against what really happened."""
 
 import contextlib
+import math
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,12 @@ from torch.overrides import TorchFunctionMode
 
 from unstuck.objective import Program, Recorder, Tape, TapeError, Vault
 from unstuck.record._modes import insert, remove
+from unstuck.record._pulses import together
 
 KEPT = 120  # tapes: enough for a trial of 60 steps, 30 to cool down and 30 held out
 BYTES = 512 << 20
-LOSS_TOLERANCE = 1e-6  # relative: the attention kernel of the replay may differ
-GRADIENT_TOLERANCE = 1e-4  # relative to the norm
+LOSS_TOLERANCE = 1e-6  # relative: a kernel of the replay may differ
+GRADIENT_TOLERANCE = 1e-4  # relative to the norm; in a coarse type its last digit, since a GPU adds in any order
 REASONS = 16  # different refusals that are told apart
 
 
@@ -127,7 +129,8 @@ class Deck:
         if not _close(float(loss), tape.loss):
             self.refuse(f"the replay gives the loss {float(loss):.6g} where the step had {tape.loss:.6g}")
             return False
-        if not self._same_gradient([self._leaves[k].grad for k in wanted], found):
+        tolerance = max(GRADIENT_TOLERANCE, _grain(tape, self._leaves))
+        if not self._same_gradient([self._leaves[k].grad for k in wanted], found, tolerance):
             return False
         if new:
             self._programs.append(tape.program)
@@ -148,24 +151,34 @@ class Deck:
             reason = "other reasons"
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
 
-    def _same_gradient(self, had: Sequence[Tensor | None], found: Sequence[Tensor]) -> bool:
+    def _same_gradient(self, had: Sequence[Tensor | None], found: Sequence[Tensor], tolerance: float) -> bool:
         pairs = [(h, f) for h, f in zip(had, found, strict=True) if h is not None and not h.is_sparse]
-        g = torch.cat([_flat(h) for h, _ in pairs] or [torch.zeros(0)])
-        r = torch.cat([_flat(f) for _, f in pairs] or [g])
-        size, replayed = float(g.norm()), float(r.norm())
-        if not (size > 0 and replayed > 0 and torch.isfinite(g).all()):
+        if not pairs:
             return True
-        scale = float(g @ r) / replayed**2  # clipping and loss scaling multiply the whole gradient
-        if float((g - scale * r).norm()) > GRADIENT_TOLERANCE * size:
+        whole, replayed, product = together([_products(h, f) for h, f in pairs]).sum(0).tolist()
+        if not (0 < whole < math.inf and 0 < replayed < math.inf):
+            return True
+        scale = product / replayed  # clipping and loss scaling multiply the whole gradient
+        # in float64 this difference of sums resolves 1e-8 of the norm
+        if whole - scale * product > tolerance**2 * whole:
             self.refuse("the replayed gradient differs from the one that the step used")
             return False
         self.rescaled = scale
         return True
 
 
-def _flat(x: Tensor) -> Tensor:
-    x = x.detach()
-    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).flatten().double()
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """‖a‖², ‖b‖² and a·b in float64, one parameter at a time: the whole gradient may be too large to be copied."""
+    a, b = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in (a.detach(), b.detach()))
+    a, b = a.flatten().double(), b.flatten().double()
+    return torch.stack([a @ a, b @ b, a @ b])
+
+
+def _grain(tape: Tape, leaves: Sequence[Tensor]) -> float:
+    """The relative distance of two numbers in the coarsest type that the step computes in."""
+    types = {call.autocast[1] for call in tape.program.instructions if call.autocast is not None}
+    types |= {x.dtype for x in (*tape.constants, *leaves) if x.is_floating_point()}
+    return max((torch.finfo(dtype).eps for dtype in types), default=0.0)
 
 
 def _close(a: float, b: float) -> bool:

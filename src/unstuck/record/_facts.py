@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unstuck.objective import Recorder, Tape, TapeError, tensors
+from unstuck.record._pulses import together
 
 
 class StaleGradients:
@@ -18,14 +19,14 @@ class StaleGradients:
     def __init__(self) -> None:
         self.looked = 0  # steps of which the one before was noted
         self.left: dict[int, list[tuple[Tensor, int, int]]] = {}  # by optimiser: parameter, its grad's id and version
-        self._stale: dict[int, bool] = {}
+        self._stale: dict[int, Tensor | None] = {}  # by optimiser: whether they are, 0-d, read only where it matters
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
         moved = (p for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
         self.left[id(optimizer)] = [
             (p, id(p.grad), p.grad._version) for p, _ in zip(moved, range(self.WATCHED), strict=False)
         ]
-        self._stale[id(optimizer)] = False
+        self._stale[id(optimizer)] = None
 
     def forget(self, optimizer: torch.optim.Optimizer) -> None:
         """The coming step is not looked at."""
@@ -35,25 +36,30 @@ class StaleGradients:
     def note_backward(self) -> None:
         """At the start of backward(): whether what the last step used is still there."""
         for key, left in self.left.items():
-            if not (left and _untouched(*left[0])) and not self._stale[key]:
+            stale = self._stale[key]
+            if not (left and _untouched(*left[0])) and stale is None:
                 continue  # cleared, as it should be
-            here = [(p.grad, i, v) for p, i, v in left]
+            here = [p.grad for p, _, _ in left]
             if left and all(_untouched(*one) for one in left):
-                self._stale[key] = any(bool(g.any()) for g, _, _ in here if g is not None)
-            elif self._stale[key]:  # added to by an earlier backward of this step, or cleared since
-                self._stale[key] = all(g is not None and bool(g.any()) for g, _, _ in here)
+                self._stale[key] = _holds([g for g in here if g is not None]).any()
+            elif stale is not None:  # added to by an earlier backward of this step, or cleared since
+                still = None if any(g is None for g in here) else _holds([g for g in here if g is not None]).all()
+                self._stale[key] = None if still is None else stale & still.to(stale.device)
 
     def used_by(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """A parameter whose old gradient is part of the one that the coming step uses."""
         if id(optimizer) not in self.left:
             return None
         self.looked += 1
-        if not self._stale.get(id(optimizer)):
-            return None
-        left = self.left[id(optimizer)]
-        if any(p.grad is None or id(p.grad) != i for p, i, _ in left):
+        left, stale = self.left[id(optimizer)], self._stale[id(optimizer)]
+        if stale is None or any(p.grad is None or id(p.grad) != i for p, i, _ in left) or not bool(stale):
             return None
         return left[0][0]
+
+
+def _holds(gradients: Sequence[Tensor]) -> Tensor:
+    """Whether each gradient has an entry that is not zero."""
+    return together([(g.coalesce().values() if g.is_sparse else g).any() for g in gradients]).bool()
 
 
 def _untouched(parameter: Tensor, of: int, version: int) -> bool:

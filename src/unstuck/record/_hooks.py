@@ -57,6 +57,7 @@ class Hooks:
         self.seconds = 0.0
         self.order: deque[str] = deque(maxlen=LONGEST)
         self.paused = False
+        self.on_cuda = False  # whether there are parameters there
         self._listener = listener
         self._failed = False  # or forked: the listener is not called any more
         self._undo: list[Callable[[], None]] = []
@@ -156,7 +157,7 @@ class Hooks:
         def run(given: Any, *_: Any) -> None:
             if _is_traced():  # a script that compiles its whole step is not to compile ours
                 unseen(given)
-            elif not (self.paused or self._failed):
+            elif not (self.paused or self._failed or (self.on_cuda and _capturing())):
                 began = perf_counter()
                 try:
                     hook(given)
@@ -176,6 +177,11 @@ def _in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_in_child)
+
+
+def _capturing() -> bool:
+    """Whether the script captures a CUDA graph, which a look at a number would break, and our work become part of."""
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _exchange(owner: Any, name: str, original: Any, wrapped: Any) -> Callable[[], None]:

@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+from unstuck.record._devices import wait
 from unstuck.record._log import Log
-from unstuck.record._pulses import settled
+from unstuck.record._pulses import on_devices, settled
 
 STEPS, SECONDS = 64, 0.2  # that may wait: many at a time take less than each by itself
 RARE = ("order", "training", "skipped")  # told when they change
@@ -19,6 +20,7 @@ class Journal:
         self._waiting: list[dict[str, Any]] = []
         self._since = 0.0
         self._told: dict[str, Any] = {"skipped": 0}
+        self.waited = 0.0  # seconds, for devices to do what the script had asked of them
 
     def add(self, record: dict[str, Any]) -> None:
         """Takes the readings of a step, as numbers or 0-d tensors, by name; with its number and time."""
@@ -31,6 +33,7 @@ class Journal:
     def settle(self) -> None:
         """Logs what waits."""
         waiting, self._waiting = self._waiting, []
+        self.waited += wait(on_devices(waiting))
         for record in settled(waiting):
             for name in RARE:
                 if name in record:

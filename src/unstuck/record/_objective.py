@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unstuck.objective import Objective, Tape, Term
+from unstuck.objective import Objective, Tape, Term, second_order
 
 if TYPE_CHECKING:
     from unstuck.record._run import Run
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 def of_run(run: "Run") -> Objective:
     """The objective that `Run.objective` promises."""
     memory = run.memory()
+    if memory is not None and memory.left_out and not memory.tapes:
+        raise ValueError(f"recorded steps that can be replayed here were needed, got none: {memory.left_out}")
     if memory is None or not memory.tapes:
         raise ValueError(f"recorded steps were needed, but {run.folder} has none{_reason(run)}")
     state = next((s for s in sorted(memory.states, key=lambda s: -s.step) if s.finite), None)
@@ -35,7 +37,8 @@ def of_tapes(tapes: Sequence[Tape], weights: Sequence[Tensor], *, names: Sequenc
             full = list(weights)
             for k, value in zip(used, values, strict=True):
                 full[k] = value
-            return tape.replay(full)
+            with second_order(tape):
+                return tape.replay(full)
 
         return Term(loss, float(count))
 

@@ -103,12 +103,24 @@ def total(parts: Sequence[Tensor], shares: Sequence[float] | None = None) -> Rea
     if not parts:
         return 0.0
     factors = [1.0] * len(parts) if shares is None else [1 / s if s else 0.0 for s in shares]
-    if parts[0].device.type == "cpu" and len(parts) <= FEW:
+    if len(parts) <= FEW and all(n.device.type == "cpu" for n in parts):
         return math.sqrt(sum(f * float(n) ** 2 for f, n in zip(factors, parts, strict=True)))
-    device = parts[0].device
-    squares = torch.stack([n.to(device, torch.float64) for n in parts]).square()
-    whole = (squares if shares is None else squares * torch.tensor(factors, device=device).double()).sum().sqrt()
-    return float(whole) if device.type == "cpu" else whole
+    squares = together(parts).square()
+    if shares is not None:
+        squares = squares * torch.tensor(factors, dtype=torch.float64).to(squares.device, non_blocking=True)
+    whole = squares.sum().sqrt()
+    return float(whole) if whole.device.type == "cpu" else whole
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one in float64, on a device that is not the CPU if any is there; nobody waits for it."""
+    device = next((p.device for p in parts if p.device.type != "cpu"), parts[0].device)
+    return torch.stack([p if p.device == device else p.to(device, non_blocking=True) for p in parts]).double()
+
+
+def on_devices(records: Sequence[dict[str, Any]]) -> set[torch.device]:
+    """The devices, other than the CPU, that readings still lie on."""
+    return {t.device for t in _tensors(records) if t.device.type != "cpu"}
 
 
 def settled(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -120,7 +132,7 @@ def settled(records: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     if not by_device:
         return records
     for tensors in by_device.values():
-        flat = torch.stack([t.detach().reshape(()).double() for t in tensors]).tolist()
+        flat = torch.stack([t.detach().reshape(()) for t in tensors]).double().tolist()
         found.update(zip(map(id, tensors), flat, strict=True))
     return [{name: _number(value, found) for name, value in record.items()} for record in records]
 
@@ -153,10 +165,9 @@ def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> Reading | None:
     if not a or [x.shape for x in a] != [x.shape for x in b]:
         return None
     products = [torch.vdot(x, y).real if x.is_complex() else torch.dot(x, y) for x, y in zip(a, b, strict=True)]
-    device = products[0].device
-    both = torch.stack([p.to(device, torch.float64) for p in products]).sum()
+    both = together(products).sum()
     lengths = total(norms(a)) * total(norms(b))
-    return _ratio(float(both) if device.type == "cpu" else both, lengths)
+    return _ratio(float(both) if both.device.type == "cpu" else both, lengths)
 
 
 def _ratio(a: Reading, b: Reading) -> Reading:

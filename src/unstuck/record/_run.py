@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import torch
-
-from unstuck.objective import Objective, Tape, TapeError, unpack
+from unstuck.objective import Objective, Tape, TapeError, on_cpu, unpack
+from unstuck.record._devices import read
 from unstuck.record._log import NAME, blocks, loose, placed, read_facts, read_log
 from unstuck.record._objective import of_run
 from unstuck.record._ranks import logs_of_ranks, ranked
 from unstuck.record._series import Series
-from unstuck.record._state import State, shelved, unpack_state
+from unstuck.record._state import State, shelf, shelved, unpack_state
 
 TAPES = "tapes.pt"
 
@@ -26,6 +25,7 @@ class Memory:
     names: tuple[str, ...]  # of the parameters
     tapes: tuple[Tape, ...]  # oldest first
     states: tuple[State, ...]  # the first, the latest finite ones and the last, by step
+    left_out: str = ""  # why steps of another device cannot be replayed on this machine
 
 
 class Live(Protocol):
@@ -206,15 +206,20 @@ class Run:
         return of_run(self)
 
     def memory(self) -> Memory | None:
-        """The tapes and states, or None where the run left none."""
+        """The tapes and states, or None where the run left none.
+
+        They lie on the devices that they were recorded on, where these are here and have room; else on the CPU.
+        """
         if self._live is not None:
             self._live.save()
         if not self._tapes.is_file():
             return None
         try:
-            data = torch.load(self._tapes, map_location="cpu", weights_only=True)
-            states = [*map(unpack_state, data["states"]), *shelved(self._tapes.parent, self.rank)]
+            on_disk = shelf(self._tapes.parent, self.rank)
+            data, moved = read(self._tapes, on_disk)
+            states = [*(unpack_state(s, moved=moved) for s in data["states"]), *shelved(on_disk, moved=moved)]
             known = {s.step: s for s in reversed(states) if len(s.weights) == len(data["names"])}
-            return Memory(tuple(data["names"]), tuple(unpack(data)), tuple(known[step] for step in sorted(known)))
+            tapes, left_out = on_cpu(unpack(data)) if moved else (unpack(data), "")
+            return Memory(tuple(data["names"]), tuple(tapes), tuple(known[step] for step in sorted(known)), left_out)
         except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError, TapeError):
             return None  # damaged, or of another version: the log still stands

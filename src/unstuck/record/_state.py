@@ -93,11 +93,13 @@ def pack_state(state: State) -> dict[str, Any]:
     return {"step": state.step, "weights": list(state.weights), "optimizer": optimizer}
 
 
-def unpack_state(data: Mapping[str, Any]) -> State:
+def unpack_state(data: Mapping[str, Any], *, moved: bool = False) -> State:
+    """The state that `pack_state` packed; `moved` to the CPU, where no step is captured for a GPU."""
     o = data["optimizer"]
     optimizer = None
     if o is not None:
-        optimizer = Optimizer(o["kind"], tuple(o["groups"]), tuple(tuple(m) for m in o["members"]), o["state"])
+        groups = tuple({**g, "capturable": False} if moved and "capturable" in g else g for g in o["groups"])
+        optimizer = Optimizer(o["kind"], groups, tuple(tuple(m) for m in o["members"]), o["state"])
     return State(data["step"], tuple(data["weights"]), optimizer)
 
 
@@ -124,10 +126,15 @@ class Shelf:
             self._latest.popleft().unlink(missing_ok=True)
 
 
-def shelved(folder: Path, rank: int | None) -> list[State]:
-    """The states on the shelf of a run folder, by step."""
-    paths = sorted(folder.glob(ranked(f"{_SHELVED}{'[0-9]' * 9}.pt", rank)))
-    return [unpack_state(torch.load(path, map_location="cpu", weights_only=True)) for path in paths]
+def shelf(folder: Path, rank: int | None) -> list[Path]:
+    """The files of the states on the shelf of a run folder, by step."""
+    return sorted(folder.glob(ranked(f"{_SHELVED}{'[0-9]' * 9}.pt", rank)))
+
+
+def shelved(paths: Sequence[Path], *, moved: bool = False) -> list[State]:
+    """The states in these files; `moved` to the CPU, or where they were."""
+    place = "cpu" if moved else None
+    return [unpack_state(torch.load(path, map_location=place, weights_only=True), moved=moved) for path in paths]
 
 
 _SHELVED = "state-"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unstuck.objective import Recorder, Tape, caller
 from unstuck.record._deck import KEPT, Deck, anything_compiled
+from unstuck.record._devices import wait
 from unstuck.record._facts import StaleGradients, cut_off, first_nonfinite, nonfinite_batch, orphans
 from unstuck.record._governor import Alarm
 from unstuck.record._hooks import Hooks
@@ -23,6 +24,7 @@ from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import Leaves
 from unstuck.record._moments import Tick, Ticks
+from unstuck.record._pulses import together
 from unstuck.record._ranks import own_rank, ranked
 from unstuck.record._run import Run
 from unstuck.record._stepped import Stepped
@@ -65,6 +67,7 @@ class Watch:
         self._cost = 0.0  # seconds of looking at it so far
         self._skipped = 0  # steps that a GradScaler left out
         self._finite = True  # whether the last loss was
+        self._waited = 0.0  # seconds, for devices to do what the script had asked of them
         self._refused = 0  # tapes in a row
         self._unexplained = False  # whether a loss that was not may be the fault of a batch
         self._counts: dict[str, int] = {}
@@ -217,7 +220,8 @@ class Watch:
             self._blew_up(self.steps + 1, self._record["loss"], tape)
         rate = optimizer.param_groups[0].get("lr")
         if isinstance(rate, Tensor):
-            self._record["lr"] = float(rate)
+            # one on a device is read later, and schedules write into it
+            self._record["lr"] = float(rate) if rate.is_cpu else rate.detach().clone()
         self._cost = time.perf_counter() - began if recorder is None else 0.0  # which has its own share
         self._record |= stepped.pulses.before_step(stepped.steps + 1, self._pace)
 
@@ -256,6 +260,7 @@ class Watch:
         if self._cost:
             self._cost += time.perf_counter() - began
         if self._store.due(self.steps):
+            self._journal.settle()  # whether the loss is finite may still lie on a device
             self._remember()
 
     def _plan(self) -> None:
@@ -279,6 +284,7 @@ class Watch:
     def _heard_step(self, recorder: Recorder, optimizer: torch.optim.Optimizer, *, fit: bool) -> Tape | None:
         """The tape of the step that was recorded, if it can be trusted."""
         self.heard += 1
+        self._waited += wait({loss.device for loss in self._losses if isinstance(loss, Tensor)})
         tape = self._deck.compiled(recorder, self.steps + 1)
         self._refused = 0 if tape is not None else self._refused + 1
         if tape is not None and fit and not self._deck.check(tape, _moved(optimizer)):
@@ -343,6 +349,7 @@ class Watch:
         if new:
             self._deck.silence()  # a recorder counts the leaves that it began with
             self._leaves.tensors += new
+            self._hooks.on_cuda = self._hooks.on_cuda or any(p.is_cuda for p in new)
         if len(self._leaves.tensors) != len(self._leaves.names):
             self._leaves.learn()
         if stepped is None:
@@ -362,10 +369,8 @@ class Watch:
 
     def _read_loss(self) -> None:
         self._record["backwards"] = len(self._losses)
-        elsewhere = next((x.device for x in self._losses if isinstance(x, Tensor) and not x.is_cpu), None)
-        if elsewhere is not None:  # to be read later
-            parts = [torch.as_tensor(x, dtype=torch.float64, device=elsewhere) for x in self._losses]
-            self._record["loss"] = torch.stack(parts).sum()
+        if any(isinstance(x, Tensor) and not x.is_cpu for x in self._losses):  # to be read later
+            self._record["loss"] = together([torch.as_tensor(x) for x in self._losses]).sum()
             return
         self._record["loss"] = loss = sum(map(float, self._losses))
         self._finite = math.isfinite(loss)
@@ -392,7 +397,7 @@ class Watch:
         return self._stale.looked
 
     def _spent(self) -> float:
-        return self._hooks.seconds + self._deck.seconds
+        return self._hooks.seconds + self._deck.seconds - self._waited - self._journal.waited
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._began
