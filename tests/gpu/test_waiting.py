@@ -50,11 +50,11 @@ def test_only_recording_and_reading_back_wait(name, device, tmp_path):
         watcher = run._live
         step, _ = PROGRAMS[name](device)
         for k in range(count):
-            heard, snapshots = run.heard, watcher._snapshots._next
+            heard, steps, waiting = run.heard, watcher.steps, len(watcher._journal._waiting)
             with waits(device) as found:
                 step(k)
-            read = not watcher._journal._waiting
-            kind = "recorded" if run.heard > heard else "read" if read or watcher._snapshots._next != snapshots else ""
+            read = len(watcher._journal._waiting) != waiting + watcher.steps - steps
+            kind = "recorded" if run.heard > heard else "read" if read else ""
             kinds[kind or "ordinary"] += 1
             (stated if kind else ordinary).update(found)
     print(f"\n{name}: steps {dict(kinds)}; waits at {dict(stated.most_common(12))}")
