@@ -28,6 +28,7 @@ CALLS = (  # whose order tells how a loop is built: a letter, and where the call
 
 LONGEST = 64  # calls of a step whose order is told: the last ones
 _is_traced = torch.compiler.is_dynamo_compiling
+_CUDA = torch.backends.cuda.is_built()
 _PUT: "weakref.WeakSet[Hooks]" = weakref.WeakSet()
 
 
@@ -57,7 +58,6 @@ class Hooks:
         self.seconds = 0.0
         self.order: deque[str] = deque(maxlen=LONGEST)
         self.paused = False
-        self.on_cuda = False  # whether there are parameters there
         self._listener = listener
         self._failed = False  # or forked: the listener is not called any more
         self._undo: list[Callable[[], None]] = []
@@ -157,7 +157,7 @@ class Hooks:
         def run(given: Any, *_: Any) -> None:
             if _is_traced():  # a script that compiles its whole step is not to compile ours
                 unseen(given)
-            elif not (self.paused or self._failed or (self.on_cuda and _capturing())):
+            elif not (self.paused or self._failed or (_CUDA and _capturing())):
                 began = perf_counter()
                 try:
                     hook(given)
@@ -181,7 +181,7 @@ if hasattr(os, "register_at_fork"):
 
 def _capturing() -> bool:
     """Whether the script captures a CUDA graph, which a look at a number would break, and our work become part of."""
-    return torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _exchange(owner: Any, name: str, original: Any, wrapped: Any) -> Callable[[], None]:

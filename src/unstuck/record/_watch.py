@@ -349,7 +349,6 @@ class Watch:
         if new:
             self._deck.silence()  # a recorder counts the leaves that it began with
             self._leaves.tensors += new
-            self._hooks.on_cuda = self._hooks.on_cuda or any(p.is_cuda for p in new)
         if len(self._leaves.tensors) != len(self._leaves.names):
             self._leaves.learn()
         if stepped is None:
@@ -370,7 +369,8 @@ class Watch:
     def _read_loss(self) -> None:
         self._record["backwards"] = len(self._losses)
         if any(isinstance(x, Tensor) and not x.is_cpu for x in self._losses):  # to be read later
-            self._record["loss"] = together([torch.as_tensor(x) for x in self._losses]).sum()
+            parts = [torch.as_tensor(x) for x in self._losses]
+            self._record["loss"] = parts[0] if len(parts) == 1 else together(parts).sum()
             return
         self._record["loss"] = loss = sum(map(float, self._losses))
         self._finite = math.isfinite(loss)
