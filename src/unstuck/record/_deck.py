@@ -1,9 +1,16 @@
-"""Records steps as tapes, keeps the last ones and checks some of them against what really happened."""
+"""Records steps as tapes, keeps the last ones and checks some of them against what really happened.
+
+A replay must give the loss of the step, and the gradient that backward() made of it. That is heard at the steps that
+are known to be due for a check: what the step then uses may have been averaged over ranks, clipped or unscaled. A
+program that comes as a surprise is checked against what the step uses, as far as that is a multiple of the gradient; if
+it is not, its like is listened to when it comes again.
+"""
 
 import contextlib
+import math
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -13,13 +20,17 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from unstuck.objective import Program, Recorder, Tape, TapeError, Vault
+from unstuck.record._heard import Heard
 from unstuck.record._modes import insert, remove
+from unstuck.record._ranks import in_pieces
 
 KEPT = 120  # tapes: enough for a trial of 60 steps, 30 to cool down and 30 held out
 BYTES = 512 << 20
 LOSS_TOLERANCE = 1e-6  # relative: the attention kernel of the replay may differ
 GRADIENT_TOLERANCE = 1e-4  # relative to the norm
 REASONS = 16  # different refusals that are told apart
+PROGRAMS = 16  # different programs that are checked
+PATIENCE = 32  # recorded steps that are listened to until a program comes again that could not be checked
 
 
 class Deck:
@@ -29,19 +40,27 @@ class Deck:
         self.tapes: deque[Tape] = deque(maxlen=KEPT)
         self.refusals: dict[str, int] = {}
         self.seconds = 0.0
-        self.rescaled = 1.0  # of the gradient between backward and step, as last seen: clipping shows here
+        self.rescaled = 1.0  # of the gradient between backward and step, as last seen: clipping; NaN for another change
         self._leaves = leaves
+        self._looked_at = 0  # leaves, for `sharded`
+        self._sharded = False
         self._recorder: Recorder | None = None
         self._lifted = False  # whether the recorder is aside
         self._stranded: Recorder | None = None  # one that could not be taken off the stack of modes
-        self._programs: list[Program] = []
+        self._programs: list[Program] = []  # that were found right
         self._vault = Vault()
         self._made = 0
+        self._heard: Heard | None = None
+        self._awaited = 0  # steps still to be listened to, since a program could not be checked
         self._dispatch = _dispatch_seconds()
 
     def listen(self) -> None:
         """Starts to record, unless part of the script is compiled or a recorder is lost."""
         if self._recorder is not None or self._stranded is not None:
+            return
+        self._heard = None
+        if self.sharded:
+            self.refuse("the parameters are sharded over ranks: each has a piece, and the whole exists at times only")
             return
         if anything_compiled():
             self.refuse("part of the script is compiled (torch.compile): its calls cannot be seen")
@@ -54,6 +73,9 @@ class Deck:
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             return None
+        if self._heard is not None:
+            self._heard.stop()
+            self.seconds += self._heard.seconds
         self.seconds += recorder.seconds + recorder.calls * self._dispatch
         if self._lifted or remove(recorder):
             return recorder
@@ -67,7 +89,9 @@ class Deck:
         for recorder in (self._recorder, self._stranded):
             if recorder is not None:
                 remove(recorder)
-        self._recorder = None
+        if self._heard is not None:
+            self._heard.stop()
+        self._recorder = self._heard = None
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -85,8 +109,15 @@ class Deck:
                 insert(recorder)
 
     def root(self, roots: Sequence[Tensor]) -> None:
-        if self._recorder is not None:
-            self._recorder.root(roots)
+        """A backward() begins."""
+        if self._recorder is None:
+            return
+        self._recorder.root(roots)
+        if self._heard is None and (not self._programs or self._awaited or _seldom(self._made + 1)):
+            self._heard = Heard()
+            self._awaited = max(self._awaited - 1, 0)
+        if self._heard is not None:
+            self._heard.listen(self._leaves)
 
     def compiled(self, recorder: Recorder, step: int) -> Tape | None:
         """The tape of the step, or None where it is refused."""
@@ -94,6 +125,7 @@ class Deck:
         try:
             tape = recorder.finish(self._vault, step=step, like=known)
         except TapeError as error:
+            self._heard = None
             self.refuse(str(error))
             return None
         if tape.program is not known:
@@ -103,27 +135,31 @@ class Deck:
         return tape
 
     def check(self, tape: Tape, parameters: Sequence[Tensor]) -> bool:
-        """Whether the replay gives the loss and the gradient that the step really had; also whether it was due."""
+        """Whether the replay gives the loss and the gradient that the step really had; also whether it was due.
+
+        `.grad` of the parameters is what the step uses.
+        """
+        heard, self._heard = self._heard, None
         self._made += 1
         new = not any(tape.program is p for p in self._programs)
-        seldom = self._made.bit_count() == 1 and self._made.bit_length() % 2  # 1, 4, 16, 64 …
-        if not (new and len(self._programs) < 16) and not seldom:
+        if heard is None and not (new and len(self._programs) < PROGRAMS) and not _seldom(self._made):
             return not new
+        used = {k: p.grad for k, p in enumerate(self._leaves) if any(p is q for q in parameters) and p.grad is not None}
+        if heard is not None and heard.failed:
+            heard = None
+        slots = sorted(used if heard is None else heard.slots)
         values = [p.detach().requires_grad_() for p in self._leaves]
-        wanted = [k for k, p in enumerate(self._leaves) if any(p is q for q in parameters) and p.grad is not None]
         try:
             with torch.enable_grad():
                 loss = tape.replay(values)
-                found = torch.autograd.grad(
-                    loss, [values[k] for k in wanted], allow_unused=True, materialize_grads=True
-                )
+                found = torch.autograd.grad(loss, [values[k] for k in slots], allow_unused=True, materialize_grads=True)
         except Exception as error:
             self.refuse(f"the replay failed: {error}")
             return False
         if not _close(float(loss), tape.loss):
             self.refuse(f"the replay gives the loss {float(loss):.6g} where the step had {tape.loss:.6g}")
             return False
-        if not self._same_gradient([self._leaves[k].grad for k in wanted], found):
+        if not self._same_gradient(dict(zip(slots, found, strict=True)), used, heard):
             return False
         if new:
             self._programs.append(tape.program)
@@ -144,19 +180,43 @@ class Deck:
             reason = "other reasons"
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
 
-    def _same_gradient(self, had: Sequence[Tensor | None], found: Sequence[Tensor]) -> bool:
-        pairs = [(h, f) for h, f in zip(had, found, strict=True) if h is not None and not h.is_sparse]
-        g = torch.cat([_flat(h) for h, _ in pairs] or [torch.zeros(0)])
-        r = torch.cat([_flat(f) for _, f in pairs] or [g])
-        size, replayed = float(g.norm()), float(r.norm())
-        if not (size > 0 and replayed > 0 and torch.isfinite(g).all()):
-            return True
-        scale = float(g @ r) / replayed**2  # clipping and loss scaling multiply the whole gradient
-        if float((g - scale * r).norm()) > GRADIENT_TOLERANCE * size:
-            self.refuse("the replayed gradient differs from the one that the step used")
-            return False
-        self.rescaled = scale
+    @property
+    def sharded(self) -> bool:
+        """Whether a leaf is a piece of a parameter."""
+        new, self._looked_at = self._leaves[self._looked_at :], len(self._leaves)
+        self._sharded = self._sharded or any(map(in_pieces, new))
+        return self._sharded
+
+    def _same_gradient(self, found: Mapping[int, Tensor], used: Mapping[int, Tensor], heard: Heard | None) -> bool:
+        """Whether the replayed gradient is the one that was heard; else whether what the step uses is a multiple."""
+        if heard is None:
+            scale = _scale(used, found)
+            if scale is None:
+                self._awaited = PATIENCE
+                self.refuse("a step of a new kind used a gradient that was averaged or changed: its like is waited for")
+                return False
+        else:
+            made = {k: heard.gradients.get(k, torch.zeros_like(g)) for k, g in found.items()}
+            differs = _scale(made, found)
+            if differs is None or abs(differs - 1) > GRADIENT_TOLERANCE:
+                self.refuse("the replayed gradient differs from the one that backward() made")
+                return False
+            scale = _scale(used, heard.stored)
+        if scale is None or not math.isnan(scale):
+            self.rescaled = math.nan if scale is None else scale
         return True
+
+
+def _scale(had: Mapping[int, Tensor], found: Mapping[int, Tensor]) -> float | None:
+    """The number by which `found` gives `had`; None where there is none, NaN where they do not tell."""
+    slots = [k for k in had if k in found and not (had[k].is_sparse or found[k].is_sparse)]
+    g = torch.cat([_flat(had[k]) for k in slots] or [torch.zeros(1)])
+    r = torch.cat([_flat(found[k]) for k in slots] or [torch.zeros(1)])
+    size, length = float(g.norm()), float(r.norm())
+    if not math.isfinite(size) or size == length == 0:
+        return math.nan
+    scale = float(g @ r) / length**2 if length else 0.0
+    return None if float((g - scale * r).norm()) > GRADIENT_TOLERANCE * size else scale
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -166,6 +226,11 @@ def _flat(x: Tensor) -> Tensor:
 
 def _close(a: float, b: float) -> bool:
     return a == b or (a != a and b != b) or abs(a - b) <= LOSS_TOLERANCE * max(abs(a), abs(b), 1e-12)
+
+
+def _seldom(count: int) -> bool:
+    """1, 4, 16, 64 …"""
+    return count.bit_count() == 1 and bool(count.bit_length() % 2)
 
 
 class _Idle(TorchFunctionMode):

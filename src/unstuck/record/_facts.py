@@ -1,6 +1,7 @@
 """Facts of a step that need no interpretation."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -8,6 +9,9 @@ import torch
 from torch import Tensor
 
 from unstuck.objective import Recorder, Tape, TapeError, tensors
+from unstuck.record._ranks import in_pieces
+
+_Left = tuple[Tensor, "weakref.ref[Tensor]", int]  # a parameter, its gradient and the version of that
 
 
 class StaleGradients:
@@ -17,13 +21,13 @@ class StaleGradients:
 
     def __init__(self) -> None:
         self.count = 0
-        self._left: dict[int, list[tuple[Tensor, int, int]]] = {}  # by optimiser: parameter, its grad's id and version
+        self._left: dict[int, list[_Left]] = {}  # by optimiser
         self._stale: dict[int, bool] = {}
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
         moved = (p for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
         self._left[id(optimizer)] = [
-            (p, id(p.grad), p.grad._version) for p, _ in zip(moved, range(self.WATCHED), strict=False)
+            (p, weakref.ref(p.grad), p.grad._version) for p, _ in zip(moved, range(self.WATCHED), strict=False)
         ]
         self._stale[id(optimizer)] = False
 
@@ -32,27 +36,32 @@ class StaleGradients:
         for key, left in self._left.items():
             if not (left and _untouched(*left[0])) and not self._stale[key]:
                 continue  # cleared, as it should be
-            here = [(p.grad, i, v) for p, i, v in left]
+            here = [p.grad for p, _, _ in left]
             if left and all(_untouched(*one) for one in left):
-                self._stale[key] = any(bool(g.any()) for g, _, _ in here if g is not None)
+                self._stale[key] = any(_any(g) for g in here if g is not None)
             elif self._stale[key]:  # added to by an earlier backward of this step, or cleared since
-                self._stale[key] = all(g is not None and bool(g.any()) for g, _, _ in here)
+                self._stale[key] = all(g is not None and _any(g) for g in here)
 
     def used_by(self, optimizer: torch.optim.Optimizer) -> Tensor | None:
         """A parameter whose old gradient is part of the one that the coming step uses."""
         if not self._stale.get(id(optimizer)):
             return None
         left = self._left[id(optimizer)]
-        if any(p.grad is None or id(p.grad) != i for p, i, _ in left):
+        if any(p.grad is None or p.grad is not gradient() for p, gradient, _ in left):
             return None
         self.count += 1
         return left[0][0]
 
 
-def _untouched(parameter: Tensor, of: int, version: int) -> bool:
+def _untouched(parameter: Tensor, noted: "weakref.ref[Tensor]", version: int) -> bool:
     """Whether the gradient is the one that was noted, and nobody wrote into it since."""
     gradient = parameter.grad
-    return gradient is not None and id(gradient) == of and gradient._version == version
+    return gradient is not None and gradient is noted() and gradient._version == version
+
+
+def _any(gradient: Tensor) -> bool:
+    """Whether it is not all zero; of a DTensor the piece that is here, without a word to other ranks."""
+    return bool(getattr(gradient, "_local_tensor", gradient).any())
 
 
 def cut_off(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -61,14 +70,19 @@ def cut_off(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[Tensor
         return []
     moved = {id(p) for g in optimizer.param_groups for p in g["params"]}
     used = [recorder.leaves[k] for k in sorted(recorder.used)]
-    return [p for p in used if id(p) in moved and p.requires_grad and p.grad is None]
+    return _whole([p for p in used if id(p) in moved and p.requires_grad and p.grad is None], recorder)
 
 
 def orphans(recorder: Recorder, optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
     """Parameters that receive a gradient and that no optimiser moves."""
     moved = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     used = [recorder.leaves[k] for k in sorted(recorder.used)]
-    return [p for p in used if p.requires_grad and p.grad is not None and id(p) not in moved]
+    return _whole([p for p in used if p.requires_grad and p.grad is not None and id(p) not in moved], recorder)
+
+
+def _whole(found: list[Tensor], recorder: Recorder) -> list[Tensor]:
+    """Nothing where parameters are sharded: the network computes with others than the optimiser moves."""
+    return [] if found and any(map(in_pieces, recorder.leaves)) else found
 
 
 def nonfinite_batch(tape: Tape, but: Collection[torch.Size] = ()) -> dict[str, Any] | None:
@@ -92,7 +106,7 @@ def nonfinite_batch(tape: Tape, but: Collection[torch.Size] = ()) -> dict[str, A
 def first_nonfinite(tape: Tape | None, leaves: Sequence[Tensor], name: Callable[[Tensor], str]) -> dict[str, Any]:
     """Where the first number that is not finite arose: a parameter, the batch, or a call of the forward pass."""
     for leaf in leaves:
-        if not bool(leaf.isfinite().all()):
+        if not in_pieces(leaf) and not bool(leaf.isfinite().all()):
             return {"origin": "parameter", "where": name(leaf)}
     if tape is None:
         return {"origin": "unknown", "where": ""}

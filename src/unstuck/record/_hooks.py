@@ -30,7 +30,7 @@ LONGEST = 64  # calls of a step whose order is told
 class Listener(Protocol):
     """What the hooks call."""
 
-    def optimizer_made(self) -> None: ...
+    def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None: ...
     def scaled(self, loss: Any, result: Any) -> None: ...
     def scale_updated(self) -> None: ...
     def backward_called(self, roots: list[Tensor]) -> None: ...
@@ -64,7 +64,9 @@ class Hooks:
             register_optimizer_step_pre_hook(lambda optimizer, *_: before(optimizer)).remove,
             register_optimizer_step_post_hook(lambda optimizer, *_: after(optimizer)).remove,
             self._wrap(torch.autograd, "backward", before=self._roots),
-            self._wrap(torch.optim.Optimizer, "__init__", after=lambda *_: self._listener.optimizer_made()),
+            self._wrap(
+                torch.optim.Optimizer, "__init__", after=lambda given, _: self._listener.optimizer_made(given[0])
+            ),
             self._wrap(torch, "compile", before=lambda *_, **__: self._listener.compiling()),
             self._wrap(torch.amp.GradScaler, "scale", after=self._scaled),
             self._wrap(torch.amp.GradScaler, "update", after=lambda *_: self._listener.scale_updated()),

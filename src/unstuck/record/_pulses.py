@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unstuck.record._governor import Clock
+from unstuck.record._ranks import sharded
 
 UPDATE_EVERY = 10  # steps between two measurements of the update, at the least
 CENSUS_EVERY = 200  # steps between two that are told tensor by tensor
@@ -27,6 +28,7 @@ class Pulses:
 
     def __init__(self, optimizer: torch.optim.Optimizer, budget: float) -> None:
         self._groups = optimizer.param_groups
+        self._whole = not sharded(optimizer)  # else no rank knows a norm
         self._norms = Clock(budget / 8)
         self._updates = Clock(budget / 8, least=UPDATE_EVERY)
         self._count = 0
@@ -42,7 +44,7 @@ class Pulses:
         rate = self._groups[0].get("lr")
         found: dict[str, Any] = {"lr": None if rate is None else float(rate)}
         norm_due, update_due = self._norms.due(self._count), self._count <= 2 or self._updates.due(self._count)
-        if not (norm_due or update_due or self._slopes):
+        if not (norm_due or update_due or self._slopes) or not self._whole:
             return found
         with torch.no_grad():  # a gradient may have one itself
             return found | self._read(pace, norm_due=norm_due, update_due=update_due)

@@ -5,6 +5,9 @@ import itertools
 import os
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from unstuck.record._log import NAME
 
 SHARED = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")  # the same on all ranks
@@ -17,6 +20,22 @@ def own_rank() -> int | None:
         return None if alone else max(int(os.environ.get("RANK", "0")), 0)
     except ValueError:
         return None
+
+
+def in_pieces(parameter: Tensor) -> bool:
+    """Whether this process has only a piece of a parameter, or its numbers only at times: a DTensor, FSDP.
+
+    Then numbers of it are not to be asked for: the ranks would have to talk, or the memory may be gone.
+    """
+    if hasattr(parameter, "placements") or getattr(parameter, "_fsdp_flattened", False):
+        return True
+    strided = parameter.layout is torch.strided and parameter.numel() > 0
+    return strided and parameter.untyped_storage().nbytes() == 0
+
+
+def sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser moves pieces of parameters."""
+    return any(in_pieces(p) for g in getattr(optimizer, "param_groups", ()) for p in g["params"])
 
 
 def ranked(name: str, rank: int | None) -> str:

@@ -25,7 +25,7 @@ from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import Called, models_alive, parameter_names
 from unstuck.record._moments import Tick, Ticks
 from unstuck.record._pulses import Pulses
-from unstuck.record._ranks import own_rank, ranked
+from unstuck.record._ranks import own_rank, ranked, sharded
 from unstuck.record._run import TAPES, Run
 from unstuck.record._state import Shelf, State, pack_state, snapshot
 
@@ -191,8 +191,8 @@ class Watch:
         """What runs inside is not recorded: torch asks there whether somebody listens, and then computes otherwise."""
         return self._deck.aside()
 
-    def optimizer_made(self) -> None:
-        if not self.steps:
+    def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None:
+        if not (self.steps or sharded(optimizer)):
             self._deck.listen()  # so that the first step is heard as well
 
     def compiling(self) -> None:
@@ -274,7 +274,7 @@ class Watch:
         self.heard += 1
         tape = self._deck.compiled(recorder, self.steps + 1)
         self._refused = 0 if tape is not None else self._refused + 1
-        if tape is not None and fit and not self._deck.check(tape, _moved(optimizer)):
+        if tape is not None and not self._deck.check(tape, _moved(optimizer) if fit else ()):
             tape = None
         if tape is not None:
             self._deck.keep(tape)
@@ -314,6 +314,8 @@ class Watch:
 
     def _remember(self) -> None:
         """Keeps the weights as they stand, if they are finite: the first, and of the later ones the last two."""
+        if self._deck.sharded:
+            return
         began = time.perf_counter()
         if self._finite and self._bytes() <= STATE_BYTES:
             (self._recent if self.steps else self._first).append(snapshot(self.steps, self._leaves, self._only()))
