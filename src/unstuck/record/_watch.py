@@ -25,7 +25,7 @@ from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import Called, models_alive, parameter_names
 from unstuck.record._moments import Tick, Ticks
 from unstuck.record._pulses import Pulses
-from unstuck.record._ranks import own_rank, ranked, sharded
+from unstuck.record._ranks import own_rank, ranked, ranks, sharded
 from unstuck.record._run import TAPES, Run
 from unstuck.record._state import Shelf, State, pack_state, snapshot
 
@@ -101,6 +101,7 @@ class Watch:
             torch=torch.__version__,
             python=platform.python_version(),
             processors=os.cpu_count(),
+            ranks=ranks(),
         )
         self._hooks.put()
         if not (self._models or anything_compiled()):  # which would have to compile again
