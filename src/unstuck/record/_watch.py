@@ -28,6 +28,7 @@ from unstuck.record._pulses import Pulses
 from unstuck.record._ranks import own_rank, ranked, ranks, sharded
 from unstuck.record._run import TAPES, Run
 from unstuck.record._state import Shelf, State, pack_state, snapshot
+from unstuck.record._turns import Turns
 
 FIRST_TAPES = 16  # that need not wait for the promised share
 FRUITLESS = 8  # refusals in a row, after which tapes wait for the promised share
@@ -62,6 +63,7 @@ class Watch:
         self._deck = Deck(self._leaves)
         self._optimizers: list[torch.optim.Optimizer] = []
         self._sizes: list[int] = []  # how many parameters each of them has
+        self._outer: torch.optim.Optimizer | None = None  # whose step is being taken
         self._pulses: list[Pulses] = []  # of each optimiser
         self._stale = StaleGradients()
         self._losses: list[Tensor] = []  # what backward was called on since the last step
@@ -78,6 +80,7 @@ class Watch:
         self._searched = False
         self._ticks = None if tick is None else Ticks(tick, Run(self.folder, live=self, rank=self.rank))
         self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
+        self._turns = Turns(ranks())
         self._alarm = Alarm()
         self._pace = 0.0  # seconds of a step without us, the latest counting most
         self._last = (0.0, 0.0)  # the time and what had been spent after the last step
@@ -218,6 +221,9 @@ class Watch:
         self._deck.root(roots)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._outer is not None and self._outer is not optimizer:
+            return  # one that steps within the step of another is a part of that
+        self._outer = optimizer
         recorder = self._deck.silence()
         pulses = self._pulses[self._meet(optimizer)]
         stale = self._stale.used_by(optimizer)
@@ -233,7 +239,10 @@ class Watch:
         if self._losses:
             self._read_loss(tape)
 
-    def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def after_step(self, optimizer: torch.optim.Optimizer) -> None:  # noqa: C901
+        if self._outer is not optimizer:
+            return
+        self._outer = None
         self.steps += 1
         which = self._meet(optimizer)
         elapsed, spent = self._elapsed(), self._spent()
@@ -261,8 +270,9 @@ class Watch:
         pace = (elapsed - self._last[0]) - (spent - self._last[1])
         self._last = elapsed, spent
         self._pace += (pace - self._pace) * (0.1 if self._pace else 1.0)
-        over = spent - MARGIN * self._budget * elapsed
-        if over < 0 or (self._wanted > 0 and over < FREE_SECONDS and self._refused < FRUITLESS):  # the next one too
+        allowed = MARGIN * self._budget * elapsed
+        free = self._wanted > 0 and spent - allowed < FREE_SECONDS and self._refused < FRUITLESS
+        if self._turns.due(self.steps + 1, spent, allowed) or free:
             self._wanted -= 1
             self._deck.listen()
         if self._called is not None and (self.steps >= FIRST_STEPS or not self._nameless()):
