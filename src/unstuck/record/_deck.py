@@ -135,18 +135,22 @@ class Deck:
         return tape
 
     def check(self, tape: Tape, parameters: Sequence[Tensor]) -> bool:
-        """Whether the replay gives the loss and the gradient that the step really had; also whether it was due.
+        """Whether the replay gives the loss and the gradient that the step really had, where that is due.
 
-        `.grad` of the parameters is what the step uses.
+        `.grad` of the parameters is what the step uses. There are none where it holds more than the step's own: then
+        only what was heard can tell.
         """
         heard, self._heard = self._heard, None
+        if heard is not None and heard.failed:
+            heard = None
+        if heard is None and not parameters:
+            return True
         self._made += 1
         new = not any(tape.program is p for p in self._programs)
         if heard is None and not (new and len(self._programs) < PROGRAMS) and not _seldom(self._made):
             return not new
-        used = {k: p.grad for k, p in enumerate(self._leaves) if any(p is q for q in parameters) and p.grad is not None}
-        if heard is not None and heard.failed:
-            heard = None
+        moved = {id(p) for p in parameters}
+        used = {k: p.grad for k, p in enumerate(self._leaves) if id(p) in moved and p.grad is not None}
         slots = sorted(used if heard is None else heard.slots)
         values = [p.detach().requires_grad_() for p in self._leaves]
         try:
@@ -163,6 +167,7 @@ class Deck:
             return False
         if new:
             self._programs.append(tape.program)
+            self._awaited = 0
         return True
 
     @property
