@@ -1,5 +1,6 @@
 """Processes of their own for the tests: forks of this one, so that torch is not imported once more for each."""
 
+import functools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 import unstuck
 import unstuck.report
@@ -89,6 +91,23 @@ def fork(work: Callable[[], object]) -> Process:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status % 256)
+
+
+def together(work: Callable[[int], object], ranks=2) -> list[Process]:
+    """Runs `work(rank)` in a gloo group of processes, in the environment that torchrun gives them."""
+    place = Path(tempfile.mkdtemp(dir=Path.cwd(), prefix="group-")).absolute() / "meet"
+
+    def of_rank(rank):
+        os.environ.update(WORLD_SIZE=str(ranks), RANK=str(rank))
+        distributed.init_process_group("gloo", init_method=place.as_uri(), rank=rank, world_size=ranks)
+        work(rank)
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+    running = [fork(functools.partial(of_rank, rank)) for rank in range(ranks)]
+    for one in running:
+        assert one.wait() == 0, one.stderr
+    return running
 
 
 def _warm():

@@ -213,7 +213,8 @@ def _targets(tape: Tape) -> tuple[str, Tensor] | None:
     targets = found.call.args[found.targets]
     if type(targets) is not Constant:
         return None
-    y = tape.constants[targets.at]
-    if found.kind == "classes" and y.is_floating_point():
+    each = [constants[targets.at] for constants in tape.of_shares(tape.constants)]
+    if found.kind == "classes" and each[0].is_floating_point():
         return None
-    return found.call.name, y
+    alike = all(y.dim() and y.shape[1:] == each[0].shape[1:] for y in each)
+    return found.call.name, torch.cat(each) if alike else each[0]

@@ -65,6 +65,9 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
     if not findings and sign in (BLIND, DIVERGED):
         what = _blown_up(case) if sign == DIVERGED else "The outputs do not depend on the inputs"
         findings = [_unknown(case, f"{what}; no known cause survives the measurements.")]
+    if case.memory is not None and case.memory.apart:
+        share = f"This rests on rank {run.rank}'s share of each batch alone, since {case.memory.apart}."
+        findings = [replace(f, claim=f"{f.claim} {share}") for f in findings]
     return _result(run, findings, [c for c in codes if c not in open_questions], open_questions)
 
 

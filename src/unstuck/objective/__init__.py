@@ -8,7 +8,7 @@ from unstuck.objective._graph import Vault
 from unstuck.objective._kernels import second_order
 from unstuck.objective._model import examples, unwrapped
 from unstuck.objective._objective import Objective
-from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, tensors
+from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, joined, tensors
 from unstuck.objective._recorder import Recorder
 from unstuck.objective._tapefile import pack, unpack
 from unstuck.objective._term import Origin, Term, along, gradient_of, nodes_behind, origins, second_derivatives
@@ -35,6 +35,7 @@ __all__ = [
     "check_linear",
     "examples",
     "gradient_of",
+    "joined",
     "nodes_behind",
     "on_cpu",
     "origins",

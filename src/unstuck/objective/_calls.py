@@ -171,6 +171,15 @@ def unseen(tensor: Tensor) -> str:
     return f"part of the loss was made out of sight, by {maker}: a custom autograd function or a compiled region"
 
 
+def passes_on(node: Any) -> bool:
+    """Whether the node of a custom function only hands copies on, forward, and the gradient as it is, backward.
+
+    DistributedDataParallel has one behind its model where it looks for unused parameters.
+    """
+    function: Any = getattr(node, "_forward_cls", None)
+    return getattr(function, "__module__", "") == "torch.nn.parallel.distributed" and function.__name__ == "_DDPSink"
+
+
 def next_node() -> int:
     """The number that autograd gives to the next node of this thread; 0 where it does not tell."""
     tell = getattr(getattr(torch._C, "_autograd", None), "_get_sequence_nr", None)  # noqa: SLF001

@@ -101,7 +101,11 @@ Observer = Callable[[Instruction, tuple[Any, ...], Any], None]
 
 @dataclass(frozen=True, eq=False)
 class Tape:
-    """The loss of one recorded step as a function of the parameters."""
+    """The loss of one recorded step as a function of the parameters.
+
+    Where several processes took the step together, each with its share of the batch, it is the mean of their losses;
+    the constants and states of the shares stand one after the other.
+    """
 
     program: Program
     constants: tuple[Tensor, ...]
@@ -109,6 +113,7 @@ class Tape:
     states: tuple[Tensor, ...]  # of the generator, one for each instruction that draws
     loss: float  # as it was recorded
     step: int
+    shares: int = 1
 
     def replay(self, values: Sequence[Tensor], *, observe: Observer | None = None) -> Tensor:
         """The loss (0-d) at `values`, one tensor a parameter; later ones that the step did not know are ignored.
@@ -120,11 +125,23 @@ class Tape:
         for tensor, version in zip(self.constants, self.versions, strict=True):
             if version is not None and tensor._version != version:
                 raise TapeError("the batch of the step was overwritten in place after the step")
+        shares = zip(self.of_shares(self.constants), self.of_shares(self.states), strict=True)
+        losses = [self._loss(values, constants, states, observe) for constants, states in shares]
+        return losses[0] if self.shares == 1 else torch.stack(losses).mean()
+
+    def of_shares(self, kept: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """The constants, or the states, share by share."""
+        each = len(kept) // self.shares
+        return [kept[k * each : (k + 1) * each] for k in range(self.shares)]
+
+    def _loss(
+        self, values: Sequence[Tensor], kept: Sequence[Tensor], drawn: Sequence[Tensor], observe: Observer | None
+    ) -> Tensor:
         program = self.program
-        constants = [t.clone() if k in program.overwritten else t for k, t in enumerate(self.constants)]
+        constants = [t.clone() if k in program.overwritten else t for k, t in enumerate(kept)]
         slots: list[Any] = [None] * program.size
         slots[: program.parameters] = values[: program.parameters]
-        states = iter(self.states)
+        states = iter(drawn)
         with _own_generator((*values, *constants)), _Surroundings() as surroundings:
             for call, released in zip(program.instructions, program.released, strict=True):
                 surroundings.enter(call)
@@ -140,6 +157,25 @@ class Tape:
     def bytes(self) -> int:
         """What the tape keeps in memory, its shared copies counted in full."""
         return sum(t.numel() * t.element_size() for t in (*self.constants, *self.states))
+
+
+def joined(tapes: Sequence[Tape]) -> Tape:
+    """One step that several processes took together, each with its share of the batch, from their tapes of it.
+
+    They have one program, and the loss is the plain mean of theirs: so DistributedDataParallel averages gradients.
+    """
+    first = tapes[0]
+    if any(t.program is not first.program or t.step != first.step or t.shares != 1 for t in tapes):
+        raise ValueError("tapes of one step and one program are needed, each of one share, got others")
+    return Tape(
+        program=first.program,
+        constants=tuple(c for t in tapes for c in t.constants),
+        versions=tuple(v for t in tapes for v in t.versions),
+        states=tuple(s for t in tapes for s in t.states),
+        loss=sum(t.loss for t in tapes) / len(tapes),
+        step=first.step,
+        shares=len(tapes),
+    )
 
 
 @contextlib.contextmanager

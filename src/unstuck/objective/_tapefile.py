@@ -38,6 +38,7 @@ def pack(tapes: Sequence[Tape]) -> dict[str, Any]:
             "states": list(t.states),
             "loss": t.loss,
             "step": t.step,
+            "shares": t.shares,
         }
         for t in tapes
     ]
@@ -55,6 +56,7 @@ def unpack(data: Mapping[str, Any]) -> list[Tape]:
             states=tuple(t["states"]),
             loss=t["loss"],
             step=t["step"],
+            shares=t.get("shares", 1),
         )
         for t in data["tapes"]
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from unstuck.objective._calls import CUTS, Kind, made_before, next_node, unseen
+from unstuck.objective._calls import CUTS, Kind, made_before, next_node, passes_on, unseen
 from unstuck.objective._graph import (
     COPY_LIMIT,
     LOST,
@@ -197,7 +197,10 @@ class Values:
         elif self.shared is not None and self.shared.changed(tensor):
             call.refusal = NUMPY
         if not source.grad and isinstance(tensor.grad_fn, BackwardCFunction):
-            call.refusal = unseen(tensor)
+            if source.name == "clone" and passes_on(tensor.grad_fn):
+                source.grad = True
+            else:
+                call.refusal = unseen(tensor)
         return leaf
 
     def _follow(self, last: Written, leaf: Made, tensor: Tensor, call: Call) -> None:

@@ -1,10 +1,16 @@
-"""Records steps as tapes, keeps the last ones and checks some of them against what really happened."""
+"""Records steps as tapes, keeps the last ones and checks some of them against what really happened.
+
+A replay must give the loss of the step, and the gradient that backward() made of it, of which what the step uses is
+mostly a multiple: clipped as a whole, or unscaled. Where it is not (ranks average it, each number is clipped), the
+gradient is heard as backward() makes it, at a step that is due for a check or at the next one of its kind; that takes
+copies of it.
+"""
 
 import contextlib
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -14,14 +20,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from unstuck.objective import Program, Recorder, Tape, TapeError, Vault
+from unstuck.record._heard import Heard
 from unstuck.record._modes import insert, remove
 from unstuck.record._pulses import together
+from unstuck.record._ranks import in_pieces, ranks
 
 KEPT = 120  # tapes: enough for a trial of 60 steps, 30 to cool down and 30 held out
 BYTES = 512 << 20
 LOSS_TOLERANCE = 1e-6  # relative: a kernel of the replay may differ
 GRADIENT_TOLERANCE = 1e-4  # relative to the norm; in a coarse type its last digit, since a GPU adds in any order
 REASONS = 16  # different refusals that are told apart
+PIECE = 1 << 22  # numbers of a gradient that are compared at a time
+PROGRAMS = 16  # different programs that are checked
+PATIENCE = 32  # recorded steps that are listened to until a program comes again that could not be checked
 
 
 class Deck:
@@ -31,14 +42,19 @@ class Deck:
         self.tapes: deque[Tape] = deque(maxlen=KEPT)
         self.refusals: dict[str, int] = {}
         self.seconds = 0.0
-        self.rescaled = 1.0  # of the gradient between backward and step, as last seen: clipping shows here
+        self.rescaled = 1.0  # of the gradient between backward and step, as last seen: clipping; NaN for another change
         self._leaves = leaves
+        self._looked_at = 0  # leaves, for `sharded`
+        self._sharded = False
         self._recorder: Recorder | None = None
         self._lifted = False  # whether the recorder is aside
         self._stranded: Recorder | None = None  # one that could not be taken off the stack of modes
-        self._programs: list[Program] = []
+        self._programs: list[Program] = []  # that were found right
         self._vault = Vault()
         self._made = 0
+        self._changed = ranks() > 1  # whether what steps use is no multiple of what backward() makes
+        self._heard: Heard | None = None
+        self._awaited = 0  # steps still to be listened to, since a program could not be checked
         self._dispatch = _dispatch_seconds()
 
     @property
@@ -48,6 +64,10 @@ class Deck:
     def listen(self) -> None:
         """Starts to record, unless part of the script is compiled or a recorder is lost."""
         if self._recorder is not None or self._stranded is not None:
+            return
+        self._heard = None
+        if self.sharded:
+            self.refuse("the parameters are sharded over ranks: each has a piece, and the whole exists at times only")
             return
         if anything_compiled():
             self.refuse("part of the script is compiled (torch.compile): its calls cannot be seen")
@@ -60,6 +80,9 @@ class Deck:
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             return None
+        if self._heard is not None:
+            self._heard.stop()
+            self.seconds += self._heard.seconds
         self.seconds += recorder.seconds + recorder.calls * self._dispatch
         if self._lifted or remove(recorder):
             return recorder
@@ -73,7 +96,9 @@ class Deck:
         for recorder in (self._recorder, self._stranded):
             if recorder is not None:
                 remove(recorder)
-        self._recorder = None
+        if self._heard is not None:
+            self._heard.stop()
+        self._recorder = self._heard = None
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -91,8 +116,16 @@ class Deck:
                 insert(recorder)
 
     def root(self, roots: Sequence[Tensor]) -> None:
-        if self._recorder is not None:
-            self._recorder.root(roots)
+        """A backward() begins."""
+        if self._recorder is None:
+            return
+        self._recorder.root(roots)
+        due = self._changed and (not self._programs or _seldom(self._made + 1))
+        if self._heard is None and (due or self._awaited):
+            self._heard = Heard()
+            self._awaited = max(self._awaited - 1, 0)
+        if self._heard is not None:
+            self._heard.listen(self._leaves)
 
     def compiled(self, recorder: Recorder, step: int) -> Tape | None:
         """The tape of the step, or None where it is refused."""
@@ -100,6 +133,7 @@ class Deck:
         try:
             tape = recorder.finish(self._vault, step=step, like=known)
         except TapeError as error:
+            self._heard = None
             self.refuse(str(error))
             return None
         if tape.program is not known:
@@ -109,20 +143,28 @@ class Deck:
         return tape
 
     def check(self, tape: Tape, parameters: Sequence[Tensor]) -> bool:
-        """Whether the replay gives the loss and the gradient that the step really had; also whether it was due."""
+        """Whether the replay gives the loss and the gradient that the step really had, where that is due.
+
+        `.grad` of the parameters is what the step uses. There are none where it holds more than the step's own: then
+        only what was heard can tell.
+        """
+        heard, self._heard = self._heard, None
+        if heard is not None and heard.failed:
+            heard = None
+        if heard is None and not parameters:
+            return True
         self._made += 1
         new = not any(tape.program is p for p in self._programs)
-        seldom = self._made.bit_count() == 1 and self._made.bit_length() % 2  # 1, 4, 16, 64 …
-        if not (new and len(self._programs) < 16) and not seldom:
+        if heard is None and not (new and len(self._programs) < PROGRAMS) and not _seldom(self._made):
             return not new
+        moved = {id(p) for p in parameters}
+        used = {k: p.grad for k, p in enumerate(self._leaves) if id(p) in moved and p.grad is not None}
+        slots = sorted(used if heard is None else heard.slots)
         values = [p.detach().requires_grad_() for p in self._leaves]
-        wanted = [k for k, p in enumerate(self._leaves) if any(p is q for q in parameters) and p.grad is not None]
         try:
             with torch.enable_grad():
                 loss = tape.replay(values)
-                found = torch.autograd.grad(
-                    loss, [values[k] for k in wanted], allow_unused=True, materialize_grads=True
-                )
+                found = torch.autograd.grad(loss, [values[k] for k in slots], allow_unused=True, materialize_grads=True)
         except Exception as error:
             self.refuse(f"the replay failed: {error}")
             return False
@@ -130,10 +172,11 @@ class Deck:
             self.refuse(f"the replay gives the loss {float(loss):.6g} where the step had {tape.loss:.6g}")
             return False
         tolerance = max(GRADIENT_TOLERANCE, _grain(tape, self._leaves))
-        if not self._same_gradient([self._leaves[k].grad for k in wanted], found, tolerance):
+        if not self._same_gradient(dict(zip(slots, found, strict=True)), used, heard, tolerance):
             return False
         if new:
             self._programs.append(tape.program)
+            self._awaited = 0
         return True
 
     @property
@@ -151,27 +194,53 @@ class Deck:
             reason = "other reasons"
         self.refusals[reason] = self.refusals.get(reason, 0) + 1
 
-    def _same_gradient(self, had: Sequence[Tensor | None], found: Sequence[Tensor], tolerance: float) -> bool:
-        pairs = [(h, f) for h, f in zip(had, found, strict=True) if h is not None and not h.is_sparse]
-        if not pairs:
-            return True
-        whole, replayed, product = together([_products(h, f) for h, f in pairs]).sum(0).tolist()
-        if not (0 < whole < math.inf and 0 < replayed < math.inf):
-            return True
-        scale = product / replayed  # clipping and loss scaling multiply the whole gradient
-        # in float64 this difference of sums resolves 1e-8 of the norm
-        if whole - scale * product > tolerance**2 * whole:
-            self.refuse("the replayed gradient differs from the one that the step used")
-            return False
-        self.rescaled = scale
+    @property
+    def sharded(self) -> bool:
+        """Whether a leaf is a piece of a parameter."""
+        new, self._looked_at = self._leaves[self._looked_at :], len(self._leaves)
+        self._sharded = self._sharded or any(map(in_pieces, new))
+        return self._sharded
+
+    def _same_gradient(
+        self, found: Mapping[int, Tensor], used: Mapping[int, Tensor], heard: Heard | None, tolerance: float
+    ) -> bool:
+        """Whether the replayed gradient is the one that was heard; else whether what the step uses is a multiple."""
+        if heard is None:
+            scale = _scale(used, found, tolerance)
+            if scale is None:
+                self._changed, self._awaited = True, PATIENCE
+                self.refuse("a step of a new kind used a gradient that was averaged or changed: its like is waited for")
+                return False
+        else:
+            made = {k: heard.gradients.get(k, torch.zeros_like(g)) for k, g in found.items()}
+            differs = _scale(made, found, tolerance)
+            if differs is None or abs(differs - 1) > tolerance:
+                self.refuse("the replayed gradient differs from the one that backward() made")
+                return False
+            scale = _scale(used, heard.stored, tolerance)
+        if scale is None or not math.isnan(scale):
+            self.rescaled = math.nan if scale is None else scale
         return True
 
 
+def _scale(had: Mapping[int, Tensor], found: Mapping[int, Tensor], tolerance: float) -> float | None:
+    """The number by which `found` gives `had`; None where there is none, NaN where they do not tell."""
+    slots = [k for k in had if k in found and not (had[k].is_sparse or found[k].is_sparse)]
+    if not slots:
+        return math.nan
+    size, length, product = together([_products(had[k], found[k]) for k in slots]).sum(0).tolist()
+    if not math.isfinite(size) or size == length == 0:
+        return math.nan
+    scale = product / length if length else 0.0
+    # in float64 this difference of sums resolves 1e-8 of the norm
+    return None if size - scale * product > tolerance**2 * size else scale
+
+
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """‖a‖², ‖b‖² and a·b in float64, one parameter at a time: the whole gradient may be too large to be copied."""
+    """‖a‖², ‖b‖² and a·b in float64, piece by piece: the whole gradient may be too large to be copied."""
     a, b = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x for x in (a.detach(), b.detach()))
-    a, b = a.flatten().double(), b.flatten().double()
-    return torch.stack([a @ a, b @ b, a @ b])
+    pairs = ((x.double(), y.double()) for x, y in zip(a.flatten().split(PIECE), b.flatten().split(PIECE), strict=True))
+    return torch.stack([torch.stack([x @ x, y @ y, x @ y]) for x, y in pairs]).sum(0)
 
 
 def _grain(tape: Tape, leaves: Sequence[Tensor]) -> float:
@@ -183,6 +252,11 @@ def _grain(tape: Tape, leaves: Sequence[Tensor]) -> float:
 
 def _close(a: float, b: float) -> bool:
     return a == b or (a != a and b != b) or abs(a - b) <= LOSS_TOLERANCE * max(abs(a), abs(b), 1e-12)
+
+
+def _seldom(count: int) -> bool:
+    """1, 4, 16, 64 …"""
+    return count.bit_count() == 1 and bool(count.bit_length() % 2)
 
 
 class _Idle(TorchFunctionMode):

@@ -1,6 +1,7 @@
 """Facts of a step that need no interpretation."""
 
 import contextlib
+import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from unstuck.objective import Recorder, Tape, TapeError, tensors
 from unstuck.record._pulses import together
+from unstuck.record._ranks import in_pieces
+
+_Left = tuple[Tensor, "weakref.ref[Tensor]", int]  # a parameter, its gradient and the version of that
 
 
 class StaleGradients:
@@ -18,13 +22,13 @@ class StaleGradients:
 
     def __init__(self) -> None:
         self.looked = 0  # steps of which the one before was noted
-        self.left: dict[int, list[tuple[Tensor, int, int]]] = {}  # by optimiser: parameter, its grad's id and version
+        self.left: dict[int, list[_Left]] = {}  # by optimiser
         self._stale: dict[int, Tensor | None] = {}  # by optimiser: whether they are, 0-d, read only where it matters
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
         moved = (p for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
         self.left[id(optimizer)] = [
-            (p, id(p.grad), p.grad._version) for p, _ in zip(moved, range(self.WATCHED), strict=False)
+            (p, weakref.ref(p.grad), p.grad._version) for p, _ in zip(moved, range(self.WATCHED), strict=False)
         ]
         self._stale[id(optimizer)] = None
 
@@ -52,20 +56,27 @@ class StaleGradients:
             return None
         self.looked += 1
         left, stale = self.left[id(optimizer)], self._stale[id(optimizer)]
-        if stale is None or any(p.grad is None or id(p.grad) != i for p, i, _ in left) or not bool(stale):
+        if stale is None or any(p.grad is None or p.grad is not noted() for p, noted, _ in left) or not bool(stale):
             return None
         return left[0][0]
 
 
 def _holds(gradients: Sequence[Tensor]) -> Tensor:
-    """Whether each gradient has an entry that is not zero."""
-    return together([(g.coalesce().values() if g.is_sparse else g).any() for g in gradients]).bool()
+    """Whether each gradient has an entry that is not zero; of a DTensor the piece that is here, without a word to
+    other ranks."""
+    here = [getattr(g, "_local_tensor", g) for g in gradients]
+    return together([(g.coalesce().values() if g.is_sparse else g).any() for g in here]).bool()
 
 
-def _untouched(parameter: Tensor, of: int, version: int) -> bool:
+def _untouched(parameter: Tensor, noted: "weakref.ref[Tensor]", version: int) -> bool:
     """Whether the gradient is the one that was noted, and nobody wrote into it since."""
     gradient = parameter.grad
-    return gradient is not None and id(gradient) == of and gradient._version == version
+    return gradient is not None and gradient is noted() and gradient._version == version
+
+
+def _any(gradient: Tensor) -> bool:
+    """Whether it is not all zero; of a DTensor the piece that is here, without a word to other ranks."""
+    return bool(getattr(gradient, "_local_tensor", gradient).any())
 
 
 def cut_off(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -74,14 +85,19 @@ def cut_off(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[Tensor
         return []
     moved = {id(p) for g in optimizer.param_groups for p in g["params"]}
     used = [recorder.leaves[k] for k in sorted(recorder.used)]
-    return [p for p in used if id(p) in moved and p.requires_grad and p.grad is None]
+    return _whole([p for p in used if id(p) in moved and p.requires_grad and p.grad is None], recorder)
 
 
 def orphans(recorder: Recorder, optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
     """Parameters that receive a gradient and that no optimiser moves."""
     moved = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
     used = [recorder.leaves[k] for k in sorted(recorder.used)]
-    return [p for p in used if p.requires_grad and p.grad is not None and id(p) not in moved]
+    return _whole([p for p in used if p.requires_grad and p.grad is not None and id(p) not in moved], recorder)
+
+
+def _whole(found: list[Tensor], recorder: Recorder) -> list[Tensor]:
+    """Nothing where parameters are sharded: the network computes with others than the optimiser moves."""
+    return [] if found and any(map(in_pieces, recorder.leaves)) else found
 
 
 def nonfinite_batch(tape: Tape, but: Collection[torch.Size] = ()) -> dict[str, Any] | None:
@@ -105,7 +121,7 @@ def nonfinite_batch(tape: Tape, but: Collection[torch.Size] = ()) -> dict[str, A
 def first_nonfinite(tape: Tape | None, leaves: Sequence[Tensor], name: Callable[[Tensor], str]) -> dict[str, Any]:
     """Where the first number that is not finite arose: a parameter, the batch, or a call of the forward pass."""
     for leaf in leaves:
-        if not bool(leaf.isfinite().all()):
+        if not in_pieces(leaf) and not bool(leaf.isfinite().all()):
             return {"origin": "parameter", "where": name(leaf)}
     if tape is None:
         return {"origin": "unknown", "where": ""}

@@ -35,7 +35,7 @@ _PUT: "weakref.WeakSet[Hooks]" = weakref.WeakSet()
 class Listener(Protocol):
     """What the hooks call."""
 
-    def optimizer_made(self) -> None: ...
+    def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None: ...
     def scaled(self, loss: Any, result: Any) -> None: ...
     def scale_updated(self) -> None: ...
     def backward_called(self, roots: tuple[Tensor, ...]) -> None: ...
@@ -68,7 +68,9 @@ class Hooks:
             register_optimizer_step_pre_hook(self._guarded(self._listener.before_step)).remove,
             register_optimizer_step_post_hook(self._guarded(self._listener.after_step)).remove,
             self._backward(),
-            self._wrap(torch.optim.Optimizer, "__init__", after=lambda *_: self._listener.optimizer_made()),
+            self._wrap(
+                torch.optim.Optimizer, "__init__", after=lambda given, _: self._listener.optimizer_made(given[0])
+            ),
             self._wrap(torch, "compile", before=lambda _: self._listener.compiling()),
             self._wrap(torch.amp.GradScaler, "scale", after=self._scaled),
             self._wrap(torch.amp.GradScaler, "update", after=lambda *_: self._listener.scale_updated()),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from unstuck.record._governor import Clock
+from unstuck.record._ranks import sharded
 
 UPDATE_EVERY = 10  # steps between two measurements of the update, at the least
 CENSUS_EVERY = 200  # steps between two that are told tensor by tensor
@@ -27,6 +28,7 @@ class Pulses:
 
     def __init__(self, optimizer: torch.optim.Optimizer, budget: float) -> None:
         self._optimizer = optimizer
+        self._whole = not sharded(optimizer)  # else no rank knows a norm
         self._norms = Clock(budget / 8)
         self._updates = Clock(budget / 8, least=UPDATE_EVERY)
         self._step = 0  # that was last looked at
@@ -39,7 +41,7 @@ class Pulses:
     def before_step(self, step: int, pace: float) -> dict[str, Any]:
         """What the coming step begins with; a step takes `pace` seconds without us."""
         norm_due, update_due = self._norms.due(step), step <= 2 or self._updates.due(step)
-        if not (norm_due or update_due or self._slopes):
+        if not (norm_due or update_due or self._slopes) or not self._whole:
             return {}
         self._step = step
         with torch.no_grad():  # a gradient may have one itself

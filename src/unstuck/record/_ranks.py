@@ -1,22 +1,51 @@
 """The processes of one training, as torchrun starts them: which one this is, and the folder that they share."""
 
+import contextlib
+import functools
 import hashlib
 import itertools
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from unstuck.record._log import NAME
 
+TAIL = 1 << 16  # bytes that hold the last line of a log
 SHARED = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")  # the same on all ranks
 
 
+def ranks() -> int:
+    """How many processes train together, from the environment that torchrun makes."""
+    with contextlib.suppress(ValueError):
+        return max(int(os.environ.get("WORLD_SIZE", "1")), 1)
+    return 1
+
+
 def own_rank() -> int | None:
-    """The rank of this process, from the environment that torchrun makes; None where it is the only one."""
-    try:
-        alone = int(os.environ.get("WORLD_SIZE", "1")) <= 1
-        return None if alone else max(int(os.environ.get("RANK", "0")), 0)
-    except ValueError:
-        return None
+    """The rank of this process; None where it is the only one."""
+    with contextlib.suppress(ValueError):
+        return None if ranks() == 1 else max(int(os.environ.get("RANK", "0")), 0)
+    return None
+
+
+def in_pieces(parameter: Tensor) -> bool:
+    """Whether this process has only a piece of a parameter, or its numbers only at times: a DTensor, FSDP.
+
+    Then numbers of it are not to be asked for: the ranks would have to talk, or the memory may be gone.
+    """
+    if hasattr(parameter, "placements") or getattr(parameter, "_fsdp_flattened", False):
+        return True
+    strided = parameter.layout is torch.strided and parameter.numel() > 0
+    return strided and parameter.untyped_storage().nbytes() == 0
+
+
+def sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser moves pieces of parameters."""
+    return any(in_pieces(p) for g in getattr(optimizer, "param_groups", ()) for p in g["params"])
 
 
 def ranked(name: str, rank: int | None) -> str:
@@ -33,6 +62,24 @@ def logs_of_ranks(folder: Path) -> dict[int, Path]:
         if number.isdecimal():
             found[int(number)] = path
     return dict(sorted(found.items()))
+
+
+def wait_for_ends(logs: Sequence[Path], seconds: float = 5.0) -> None:
+    """Waits for the end of other ranks' logs, as long as they are still being written."""
+    give_up = time.monotonic() + seconds
+    while time.monotonic() < give_up and any(map(functools.partial(_goes_on, seconds), logs)):
+        time.sleep(0.02)
+
+
+def _goes_on(seconds: float, log: Path) -> bool:
+    try:
+        with log.open("rb") as file:
+            there = os.fstat(file.fileno())
+            file.seek(-min(there.st_size, TAIL), os.SEEK_END)
+            ended = file.read().rpartition(b"\n{")[2].startswith(b'"kind":"end"')
+    except OSError:
+        return False
+    return not ended and there.st_mtime > time.time() - seconds
 
 
 def shared_folder(parent: Path, name: str, file: str) -> Path:

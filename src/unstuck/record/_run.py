@@ -1,31 +1,19 @@
 """A recorded run, read from its folder."""
 
 import contextlib
-import pickle
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from unstuck.objective import Objective, Tape, TapeError, on_cpu, unpack
-from unstuck.record._devices import read
+from unstuck.objective import Objective
 from unstuck.record._log import NAME, blocks, loose, placed, read_facts, read_log
+from unstuck.record._memory import MOST, Memory, read_memory, whole
 from unstuck.record._objective import of_run
-from unstuck.record._ranks import logs_of_ranks, ranked
+from unstuck.record._ranks import logs_of_ranks, ranked, wait_for_ends
 from unstuck.record._series import Series
-from unstuck.record._state import State, shelf, shelved, unpack_state
 
 TAPES = "tapes.pt"
-
-
-@dataclass(frozen=True, eq=False)
-class Memory:
-    """What of a run can be replayed: its last tapes and the states that go with them."""
-
-    names: tuple[str, ...]  # of the parameters
-    tapes: tuple[Tape, ...]  # oldest first
-    states: tuple[State, ...]  # the first, the latest finite ones and the last, by step
-    left_out: str = ""  # why steps of another device cannot be replayed on this machine
 
 
 class Live(Protocol):
@@ -66,6 +54,7 @@ class Run:
         self._told: list[dict[str, Any]] = []  # the records that are no steps
         self._read = 0  # bytes
         self._others: dict[int, Run] = {}
+        self._waited = False  # for them
         self._elsewhere: dict[int, tuple[list[dict[str, Any]], int]] = {}  # facts of other ranks, and the bytes read
         if live is None and not self._log.is_file():
             raise ValueError(
@@ -117,6 +106,7 @@ class Run:
         others = {rank: path for rank, path in logs_of_ranks(self._log.parent).items() if rank}
         if not others:
             return facts
+        self._wait()
         joined = {(e["code"], e["step"]): e for e in facts}
         for rank, path in others.items():
             told, end = self._elsewhere.get(rank, ([], 0))
@@ -125,6 +115,12 @@ class Run:
             self._elsewhere[rank] = told, end
             joined = {**{(e["code"], e["step"]): {**e, "rank": rank} for e in told}, **joined}
         return sorted(joined.values(), key=lambda e: e["step"])
+
+    def _wait(self) -> None:
+        """A run that has ended here may still go on, for a moment, on other ranks."""
+        if not self._waited and any(e["kind"] == "end" for e in self._told):
+            self._waited = True
+            wait_for_ends([path for rank, path in logs_of_ranks(self._log.parent).items() if rank != self.rank])
 
     def _last(self, name: str) -> Any:
         """What the last record has under a name that steps do not have, or None."""
@@ -208,18 +204,17 @@ class Run:
     def memory(self) -> Memory | None:
         """The tapes and states, or None where the run left none.
 
-        They lie on the devices that they were recorded on, where these are here and have room; else on the CPU.
+        They lie on the devices that they were recorded on, where these are here and have room; else on the CPU. Of the
+        first of several ranks they are those of all, joined step by step, where that can be; else `apart` says why not.
         """
         if self._live is not None:
             self._live.save()
-        if not self._tapes.is_file():
-            return None
-        try:
-            on_disk = shelf(self._tapes.parent, self.rank)
-            data, moved = read(self._tapes, on_disk)
-            states = [*(unpack_state(s, moved=moved) for s in data["states"]), *shelved(on_disk, moved=moved)]
-            known = {s.step: s for s in reversed(states) if len(s.weights) == len(data["names"])}
-            tapes, left_out = on_cpu(unpack(data)) if moved else (unpack(data), "")
-            return Memory(tuple(data["names"]), tuple(tapes), tuple(known[step] for step in sorted(known)), left_out)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError, TapeError):
-            return None  # damaged, or of another version: the log still stands
+        own = read_memory(self._tapes, self.rank)
+        ranks = int(self.header.get("ranks") or 1)
+        if own is None or self.rank or ranks == 1:
+            return own
+        self._wait()
+        if ranks > MOST:
+            return replace(own, apart=f"{ranks} ranks are more than one process replays")
+        places = [self._tapes.with_name(ranked(TAPES, rank)) for rank in range(1, ranks)]
+        return whole(own, [read_memory(place, rank) for rank, place in enumerate(places, 1)])

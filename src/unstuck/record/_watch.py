@@ -25,10 +25,11 @@ from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import Leaves
 from unstuck.record._moments import Tick, Ticks
 from unstuck.record._pulses import together
-from unstuck.record._ranks import own_rank, ranked
+from unstuck.record._ranks import own_rank, ranked, ranks, sharded
 from unstuck.record._run import Run
 from unstuck.record._stepped import Stepped
 from unstuck.record._store import Store
+from unstuck.record._turns import Turns
 
 FIRST_TAPES = 16  # that need not wait for the promised share
 FRUITLESS = 8  # refusals in a row, after which tapes wait for the promised share
@@ -59,6 +60,7 @@ class Watch:
         self._deck = Deck(self._leaves.tensors)
         self._store = Store(self.folder, self.rank, self._leaves, self._deck, budget)
         self._stepped: dict[int, Stepped] = {}  # the optimisers, by identity
+        self._outer: torch.optim.Optimizer | None = None  # whose step is being taken
         self._stale = StaleGradients()
         self._losses: list[float | Tensor] = []  # what backward was called on since the last step
         self._scaled: list[tuple[Tensor, Tensor]] = []  # losses that a GradScaler has multiplied, and what they were
@@ -75,6 +77,7 @@ class Watch:
         self.heard = 0  # steps that a recorder was on for
         self._ticks = None if tick is None else Ticks(tick, Run(self.folder, live=self, rank=self.rank))
         self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
+        self._turns = Turns(ranks())
         self._alarm = Alarm()
         self._pace = 0.0  # seconds of a step without us, the latest counting most
         self._last = (0, 0.0, 0.0)  # the last step that was looked at, its time, and what had been spent by then
@@ -93,6 +96,7 @@ class Watch:
             torch=torch.__version__,
             python=platform.python_version(),
             processors=os.cpu_count(),
+            ranks=ranks(),
         )
         self._hooks.put()
         if not (self._leaves.models or anything_compiled()):  # which would have to compile again
@@ -157,8 +161,8 @@ class Watch:
         """What runs inside is not recorded: torch asks there whether somebody listens, and then computes otherwise."""
         return self._deck.aside()
 
-    def optimizer_made(self) -> None:
-        if not self.steps:
+    def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None:
+        if not (self.steps or sharded(optimizer)):
             self._deck.listen()  # so that the first step is heard as well
 
     def compiling(self) -> None:
@@ -192,6 +196,9 @@ class Watch:
         return next((loss for result, loss in self._scaled if result is root), root)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._outer is not None and self._outer is not optimizer:
+            return  # one that steps within the step of another is a part of that
+        self._outer = optimizer
         stepped = self._stepped.get(id(optimizer))
         rate = optimizer.param_groups[0].get("lr")
         self._record = {} if isinstance(rate, Tensor) else {"lr": rate if rate is None else float(rate)}
@@ -226,6 +233,9 @@ class Watch:
         self._record |= stepped.pulses.before_step(stepped.steps + 1, self._pace)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._outer is not optimizer:
+            return
+        self._outer = None
         self.steps += 1
         now = time.perf_counter()
         stepped = self._stepped.get(id(optimizer)) or self._meet(optimizer)
@@ -238,6 +248,8 @@ class Watch:
         self._scaled.clear()
         if self._closely:
             self._look_after(stepped, record)
+        elif not self._turns.alone:  # they come at steps of their own
+            self._plan()
         self._hooks.order.clear()
         self._journal.add(record)
         stepped.took_step(self._cost, self._pace, closely=self._closely)
@@ -274,8 +286,9 @@ class Watch:
             self._safe_at = 2 * elapsed
             if self._deck.bytes <= SAFE_BYTES:
                 self.save()
-        over = spent - MARGIN * self._budget * elapsed
-        if over < 0 or (self._wanted > 0 and over < FREE_SECONDS and self._refused < FRUITLESS):  # the next one too
+        allowed = MARGIN * self._budget * elapsed
+        free = self._wanted > 0 and spent - allowed < FREE_SECONDS and self._refused < FRUITLESS
+        if self._turns.due(self.steps + 1, spent, allowed) or free:
             self._wanted -= 1
             self._deck.listen()
         if self._leaves.looks_out and (self.steps >= FIRST_STEPS or not self._leaves.nameless):
@@ -287,7 +300,7 @@ class Watch:
         self._waited += wait({loss.device for loss in self._losses if isinstance(loss, Tensor)})
         tape = self._deck.compiled(recorder, self.steps + 1)
         self._refused = 0 if tape is not None else self._refused + 1
-        if tape is not None and fit and not self._deck.check(tape, _moved(optimizer)):
+        if tape is not None and not self._deck.check(tape, _moved(optimizer) if fit else ()):
             tape = None
         if tape is not None:
             self._deck.keep(tape)
@@ -326,7 +339,7 @@ class Watch:
         self._counted("non-finite", of=step, step=step, loss=loss, **where)
 
     def _remember(self) -> None:
-        if not self._finite:
+        if not self._finite or self._deck.sharded:
             return
         try:
             self._store.remember(self.steps, self._only(), self._pace)
