@@ -9,6 +9,8 @@ from unstuck.diagnosis._findings import plain
 from unstuck.diagnosis._trial import Fork, Remedy
 from unstuck.record import State
 
+FAR = math.log(0.8)
+
 
 def rate(state: State | None, factor: float) -> Remedy:
     """The learning rate of a state times `factor`, to two digits."""
@@ -26,12 +28,16 @@ def _round(x: float) -> str:
 
 
 def larger_batch(times: int) -> Remedy:
-    """Several recorded batches to a step."""
+    """Several recorded batches to a step: where that alone wins, and by far, the batches' noise held the run up.
+
+    It sees more data than the control, so that it gains on healthy runs as well: at most 15 % where that was measured,
+    and 22 % at the least on runs that had come down to the floor of their noise.
+    """
 
     def apply(copy: Fork) -> None:
         copy.together = times
 
-    return Remedy(f"batch × {times}", apply)
+    return Remedy(f"batch × {times}", apply, proves="noise-floor", least=FAR)
 
 
 def randomise() -> Remedy:
