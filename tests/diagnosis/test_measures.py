@@ -304,14 +304,26 @@ class TestTrend:
         assert found.low <= found.value <= found.high
         assert found.n == 200
 
+    def test_a_short_run_is_judged_by_its_last_sixty_steps(self, tmp_path):
+        """It fell for sixty steps and was noisy for the last twenty of them: no standstill."""
+        losses = [math.exp(-0.02 * min(k, 40)) for k in range(60)]
+        found = case(of_losses(tmp_path, losses))["trend"]
+        assert found.n == 60
+        assert found.value < -0.5
+
     def test_one_spike_does_not_move_it(self, tmp_path):
         losses = [1.0] * 300
         losses[250] = 1e4
         assert case(of_losses(tmp_path, losses))["trend"].value == 0
 
-    @pytest.mark.parametrize("losses", [[1.0] * 10, [0.0] * 100, [-1.0] * 100])
-    def test_too_few_or_not_positive_losses_have_none(self, tmp_path, losses):
-        assert case(of_losses(tmp_path, losses))["trend"] is None
+    @pytest.mark.parametrize(
+        ("losses", "because"),
+        [([1.0] * 59, "over 60 steps, and this run has 59"), ([0.0] * 100, "above 0"), ([-1.0] * 100, "above 0")],
+    )
+    def test_too_few_or_not_positive_losses_have_none_and_it_is_said_why(self, tmp_path, losses, because):
+        known = case(of_losses(tmp_path, losses))
+        assert known["trend"] is None
+        assert because in known.reasons["trend"]
 
 
 class TestChance:
