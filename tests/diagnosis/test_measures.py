@@ -371,3 +371,19 @@ def test_batches_are_told_apart_by_their_contents(tmp_path):
     model = mlp()
     run = recorded(tmp_path, train(model, torch.optim.SGD(model.parameters(), lr=0.1), parts, 15))
     assert case(run)["different batches"].value == 4
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_batches_are_told_apart_by_their_contents(tmp_path, layout):
+    """The graphs of a graph network: three of them, in turn."""
+    eye, (x, y) = torch.eye(10), blobs(10)
+    graphs = [(scale * eye.roll(shift, 1)).to_sparse(layout=layout) for scale, shift in ((1, 0), (1, 3), (2, 3))]
+    model = mlp()
+
+    def loss(model, graph, y):
+        return classify(model, graph @ x, y)
+
+    data = [(graph, y) for graph in graphs]
+    run = recorded(tmp_path, train(model, torch.optim.SGD(model.parameters(), lr=0.1), data, 15, loss))
+    assert case(run)["different batches"].value == 3
