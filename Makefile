@@ -5,16 +5,30 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 BENCH := .venv-bench
 WATCH := .venv-bench-watch
+FRAMEWORKS := .venv-frameworks
 # A second thread costs more than it gives on networks as small as these.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format clinic bench bench-watch clean
+.PHONY: demo test test-frameworks check format clinic bench bench-watch clean
 
 demo: $(READY)
 	$(BIN)/unstuck demo $(FAULT)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Hugging Face and Lightning in an environment of their own; where they cannot be installed the tests are skipped, aloud.
+test-frameworks: $(READY)
+	$(MAKE) $(FRAMEWORKS)/.ready || echo "the frameworks of clinic/scripts/requirements.txt cannot be installed here"
+	$$(test -e $(FRAMEWORKS)/.ready && echo $(FRAMEWORKS) || echo $(VENV))/bin/python -m pytest -m "" -rs tests/record/test_frameworks.py
+
+$(FRAMEWORKS)/.ready: pyproject.toml constraints.txt clinic/scripts/requirements.txt
+	rm -rf $(FRAMEWORKS)
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0'
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r clinic/scripts/requirements.txt \
+		-e . pytest pytest-timeout scikit-learn
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -56,4 +70,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(WATCH) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(WATCH) $(FRAMEWORKS) .pytest_cache .ruff_cache

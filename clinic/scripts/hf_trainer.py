@@ -28,6 +28,7 @@ class Blocks(Dataset):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--bf16", action="store_true", help="autocast")
     parser.add_argument("--save")
     args = parser.parse_args()
     set_seed(42)
@@ -51,6 +52,7 @@ def main():
         eval_steps=75,
         save_strategy="no",
         report_to=[],
+        bf16=args.bf16,
         use_cpu=True,
         disable_tqdm=True,
         dataloader_num_workers=0,

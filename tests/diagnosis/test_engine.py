@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from torch import nn
 from unstuck.diagnosis import (
     CANNOT_TELL,
     HYPOTHESES,
+    PROVED,
     SHOWN,
     Diagnosis,
     Evidence,
     Hypothesis,
     Prediction,
+    Remedy,
     diagnose,
     dumps,
 )
@@ -263,6 +266,15 @@ class TestOddRuns:
         assert codes(found) == []
         assert found.steps == 3
 
+    def test_a_run_too_short_for_a_standstill_says_so(self, tmp_path):
+        model = mlp()
+        found = verdict(tmp_path, train(model, torch.optim.SGD(model.parameters(), lr=1e-6), parts(), 50))
+        assert codes(found) == []
+        assert set(found.not_checked) == {"lr-too-small", "lr-bounces", "noise-floor"}
+        assert all("60 steps, and this run has" in because for because in found.not_checked.values())
+        assert {"saddle", "dead-units", "lr-diverges"} <= set(found.checked)
+        assert found.status == 0
+
     def test_no_step_at_all(self, tmp_path):
         found = verdict(tmp_path, lambda: None)
         assert found.status == 2
@@ -469,6 +481,26 @@ class TestExtension:
         assert found.findings[0].claim == "31 degrees"
         assert "temperature" in [e.name for e in found.findings[0].evidence]
         assert len(measured) == 1  # a quantity is measured once
+
+    @pytest.mark.parametrize("known", [True, False])
+    def test_the_claim_goes_with_the_remedy_that_won(self, tmp_path, known):
+        """Its own remedy does nothing; the one beside it wins, and proves the cause that it names, if any has it."""
+        own = Remedy("nothing", lambda copy: None)
+        beside = Remedy("a rate that moves", lambda copy: copy.scale_rate(1e5), proves="too-cold")
+        mine = self.mine(30, 40, remedies=lambda case: [own, beside])
+        other = replace(self.mine(0, 10), code="too-cold", advice="Close the window.")  # refuted by its own prediction
+        model = mlp()
+        run = recorded(tmp_path, train(model, torch.optim.SGD(model.parameters(), lr=1e-6), parts(), 100))
+        measures = {"temperature": lambda case: Evidence.exact("temperature", 31.0, "of the room")}
+        found = diagnose(run, hypotheses=[mine, other] if known else [mine], measures=measures)
+        assert codes(found) == (["too-cold"] if known else [])
+        if known:
+            (cold,) = found.findings
+            assert cold.word == PROVED
+            assert cold.advice.startswith("Close the window. Tried on a copy")
+            assert "a rate that moves" in cold.advice
+            (warm,) = cold.ruled_out
+            assert (warm.code, warm.because[:40]) == ("too-warm", "its own remedy does not help: nothing en")
 
     def test_its_prediction_rules_it_out(self, tmp_path):
         found, _ = self.diagnosed(tmp_path, self.mine(0, 30, decisive=True))

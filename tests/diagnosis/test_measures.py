@@ -304,14 +304,26 @@ class TestTrend:
         assert found.low <= found.value <= found.high
         assert found.n == 200
 
+    def test_a_short_run_is_judged_by_its_last_sixty_steps(self, tmp_path):
+        """It fell for sixty steps and was noisy for the last twenty of them: no standstill."""
+        losses = [math.exp(-0.02 * min(k, 40)) for k in range(60)]
+        found = case(of_losses(tmp_path, losses))["trend"]
+        assert found.n == 60
+        assert found.value < -0.5
+
     def test_one_spike_does_not_move_it(self, tmp_path):
         losses = [1.0] * 300
         losses[250] = 1e4
         assert case(of_losses(tmp_path, losses))["trend"].value == 0
 
-    @pytest.mark.parametrize("losses", [[1.0] * 10, [0.0] * 100, [-1.0] * 100])
-    def test_too_few_or_not_positive_losses_have_none(self, tmp_path, losses):
-        assert case(of_losses(tmp_path, losses))["trend"] is None
+    @pytest.mark.parametrize(
+        ("losses", "because"),
+        [([1.0] * 59, "over 60 steps, and this run has 59"), ([0.0] * 100, "above 0"), ([-1.0] * 100, "above 0")],
+    )
+    def test_too_few_or_not_positive_losses_have_none_and_it_is_said_why(self, tmp_path, losses, because):
+        known = case(of_losses(tmp_path, losses))
+        assert known["trend"] is None
+        assert because in known.reasons["trend"]
 
 
 class TestChance:
@@ -359,3 +371,19 @@ def test_batches_are_told_apart_by_their_contents(tmp_path):
     model = mlp()
     run = recorded(tmp_path, train(model, torch.optim.SGD(model.parameters(), lr=0.1), parts, 15))
     assert case(run)["different batches"].value == 4
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_batches_are_told_apart_by_their_contents(tmp_path, layout):
+    """The graphs of a graph network: three of them, in turn."""
+    eye, (x, y) = torch.eye(10), blobs(10)
+    graphs = [(scale * eye.roll(shift, 1)).to_sparse(layout=layout) for scale, shift in ((1, 0), (1, 3), (2, 3))]
+    model = mlp()
+
+    def loss(model, graph, y):
+        return classify(model, graph @ x, y)
+
+    data = [(graph, y) for graph in graphs]
+    run = recorded(tmp_path, train(model, torch.optim.SGD(model.parameters(), lr=0.1), data, 15, loss))
+    assert case(run)["different batches"].value == 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import batches, blobs, case, classify, mlp, recorded, train
 
-from unstuck.diagnosis import Fork, Remedy, run_trial
+from unstuck.diagnosis import HYPOTHESES, Fork, Remedy, run_trial
 from unstuck.diagnosis._remedies import along, larger_batch, randomise, rate, renew
 
 NOTHING = Remedy("nothing", lambda copy: None)
@@ -147,6 +147,25 @@ def test_a_cure_wins_and_its_interval_leaves_nothing_out(tmp_path):
     best = arm(run_trial(known, [Remedy("higher", lambda c: c.scale_rate(1e4))]), "higher")
     assert best.accepted
     assert best.low < best.effect < best.high < 0
+
+
+def test_each_remedy_has_its_own_bound(tmp_path):
+    """The same change to the run: accepted or not by how much is asked of it."""
+    known = trained(tmp_path, lambda p: torch.optim.SGD(p, lr=1e-5))[0]
+    names = {0.0: "some", math.log(0.9): "more", math.log(1e-6): "too much"}
+    arms = [Remedy(name, lambda c: c.scale_rate(1e4), least=least) for least, name in names.items()]
+    found = run_trial(known, arms)
+    assert len({a.effect for a in found.arms if a.role == "remedy"}) == 1
+    assert [a.remedy for a in found.accepted] == ["some", "more"]
+
+
+def test_a_lower_rate_must_gain_little_and_a_larger_batch_much(tmp_path):
+    """The bounds that told faults from healthy runs: ln ratios of -0.03 and -0.2."""
+    known = trained(tmp_path)[0]
+    *rates, batch = next(h for h in HYPOTHESES if h.code == "lr-bounces").remedies(known)
+    assert [r.least for r in rates] == [-0.03, -0.03]
+    assert [r.proves for r in rates] == ["", ""]
+    assert (batch.proves, batch.least) == ("noise-floor", pytest.approx(-0.223, abs=1e-3))
 
 
 class TestOrders:

@@ -1,22 +1,15 @@
 """Scripts as their authors write them, run as they are: watched or not, they do and say the same."""
 
-import importlib.util
-import os
 import runpy
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-import torch
-from tests.processes import command, fork, one_sentence, start, write
+from script_runs import SCRIPTS, WATCHED, no_alarm, process, said, same_tensors, silent_and_unchanged
+from tests.processes import command, fork, start, write
 
 from unstuck.record import Run, run_module
-
-SCRIPTS = Path(__file__).parents[2] / "clinic" / "scripts"
-ROOT = Path(__file__).parents[2]
-WATCHED = "import sys; from unstuck.cli import main; sys.exit(main())"
 
 RUNS = {  # what the default run can afford: a few steps, enough to come to every line
     "char_gpt": "--steps 30",
@@ -34,6 +27,13 @@ RUNS = {  # what the default run can afford: a few steps, enough to come to ever
     "actor_critic": "--steps 8",
     "actor_critic reinforce": "--steps 8 --reinforce",
     "digits_cnn": "--epochs 2 --steps 8",
+    "ddpm": "--steps 30",
+    "self_supervised": "--epochs 2 --steps 12",
+    "self_supervised simclr": "--epochs 2 --steps 8 --simclr",
+    "ppo": "--steps 2 --num-steps 32",
+    "gcn": "--epochs 30",
+    "detection": "--epochs 2 --steps 8",
+    "notebook": "--steps 6",
     "fine_tune": "--epochs 2 --steps 10",
     "fine_tune plateau": "--epochs 2 --steps 10 --schedule plateau",
     "fine_tune sequential": "--epochs 2 --steps 10 --schedule sequential",
@@ -53,62 +53,26 @@ WHOLE = {  # each to its end
     "vae": "",
     "actor_critic reinforce": "--reinforce",
     "digits_cnn": "",
+    "ddpm": "",
+    "self_supervised": "",
+    "self_supervised simclr": "--simclr",
+    "ppo": "",
+    "gcn": "",
+    "detection": "",
+    "notebook": "",
     "fine_tune": "",
     "fine_tune cosine": "--schedule cosine",
     "amp bfloat16": "--pure",
     "amp float16": "--fp16",
     "compiled": "--steps 60 --backend eager",
     "compiled whole": "--steps 60 --backend eager --whole",
-    "hf_trainer": "",
-    "lightning_fit": "",
 }
 BY_HAND = ("makemore_mlp", "word_lm manual")  # no torch.optim: there is nothing to watch, which is said
-NEEDS = {"hf_trainer": "accelerate", "lightning_fit": "lightning"}
 
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-def tensors(x):
-    if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, dict):
-        for value in x.values():
-            yield from tensors(value)
-    elif isinstance(x, (list, tuple)):
-        for value in x:
-            yield from tensors(value)
-
-
-def same_tensors(one, other):
-    one, other = ([*tensors(torch.load(path, weights_only=False))] for path in (one, other))
-    assert len(one) == len(other) > 0
-    for a, b in zip(one, other, strict=True):
-        assert a.dtype == b.dtype
-        assert torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-
-
-def said(text):
-    """What a script prints, without its timings, which stand in lines of their own."""
-    return [line for line in text.splitlines() if not line.startswith("time ")]
-
-
-def no_alarm(stderr, plain, *, by_hand):
-    """What the watched run says beside what the script says: that all is well, in three lines."""
-    ours = stderr.removeprefix(plain)
-    if by_hand:
-        assert "no step of a torch.optim optimiser was seen" in one_sentence(ours)
-        return
-    assert "No fault found in" in ours, ours
-    assert "Warning" not in ours
-    assert not any(word in ours for word in ("PROVED", "SHOWN", "SUSPECT", "CANNOT TELL", "Traceback", "failed"))
-
-
-def process(*args, env=None, stdin=""):
-    variables = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1", **(env or {})}
-    return subprocess.run(list(map(str, args)), capture_output=True, text=True, env=variables, input=stdin)
 
 
 def plainly(script, args):
@@ -141,17 +105,7 @@ def test_a_public_script_says_and_computes_the_same_when_watched(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", WHOLE)
 def test_a_public_script_that_runs_to_its_end_raises_no_alarm(case):
-    name = case.split()[0]
-    if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
-        pytest.skip(f"{NEEDS[name]} is not installed")
-    script = SCRIPTS / f"{name}.py"
-    args = WHOLE[case].split()
-    plain = process(sys.executable, script, *args, "--save", "plain.pt")
-    watched = process(sys.executable, "-c", WATCHED, "run", script, *args, "--save", "watched.pt")
-    assert (plain.returncode, watched.returncode) == (0, 0), plain.stderr + watched.stderr
-    assert said(watched.stdout) == said(plain.stdout)
-    same_tensors("plain.pt", "watched.pt")
-    no_alarm(watched.stderr, plain.stderr, by_hand=case in BY_HAND)
+    silent_and_unchanged(SCRIPTS / f"{case.split()[0]}.py", WHOLE[case].split(), by_hand=case in BY_HAND)
 
 
 @pytest.mark.slow

@@ -171,15 +171,15 @@ def rebuilt(state: State, weights: Sequence[Tensor]) -> torch.optim.Optimizer:
 
 def distinct(tapes: Sequence[Tape]) -> tuple[Tape, ...]:
     """Tapes with different batches: full-batch training repeats one."""
-    seen: dict[Any, Tape] = {}
-    for tape in tapes:
-        batch = tuple((c.data_ptr(), *_fingerprint(c)) for c in tape.constants)
-        seen[tuple(f[1:] for f in batch)] = tape
+    seen = {tuple(_fingerprint(c) for c in tape.constants): tape for tape in tapes}
     return tuple(sorted(seen.values(), key=lambda t: t.step))
 
 
 def _fingerprint(constant: Tensor) -> tuple[Any, ...]:
     x = constant.detach()
+    if x.layout is not torch.strided:  # a sparse matrix, the graph of a graph network say
+        x = x.to_sparse_coo().coalesce()
+        return tuple(x.shape), *_fingerprint(x.indices()), *_fingerprint(x.values())
     x = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).double().flatten()
     weights = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device).remainder_(97.0)
     return tuple(constant.shape), float(x.sum()), float(x @ weights)

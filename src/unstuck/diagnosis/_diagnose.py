@@ -20,9 +20,9 @@ from unstuck.diagnosis._findings import (
     RuledOut,
     Trial,
 )
-from unstuck.diagnosis._hypotheses import BLIND, DIVERGED, HYPOTHESES, MEASURES, Hypothesis, symptom
+from unstuck.diagnosis._hypotheses import BLIND, DIVERGED, HYPOTHESES, MEASURES, STUCK, Hypothesis, symptom
 from unstuck.diagnosis._structure import dead_layers
-from unstuck.diagnosis._trial import Progress, run_trial
+from unstuck.diagnosis._trial import Progress, Remedy, run_trial
 from unstuck.objective import TapeError
 from unstuck.record import Run
 
@@ -58,7 +58,8 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
         return _result(run, exact, EXACT, dict.fromkeys((h.code for h in hypotheses), because))
     sign = symptom(case)
     if sign is None:
-        return _result(run, _elsewhere(case), codes, {})
+        unseen = _unseen(case, hypotheses)
+        return _result(run, _elsewhere(case), [c for c in codes if c not in unseen], unseen)
     if not case.tapes:
         return _without_tapes(case, codes, sign)
     findings, open_questions = _eliminate(case, hypotheses, sign, progress)
@@ -69,6 +70,12 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
         share = f"This rests on rank {run.rank}'s share of each batch alone, since {case.memory.apart}."
         findings = [replace(f, claim=f"{f.claim} {share}") for f in findings]
     return _result(run, findings, [c for c in codes if c not in open_questions], open_questions)
+
+
+def _unseen(case: Case, hypotheses: Sequence[Hypothesis]) -> dict[str, str]:
+    """The hypotheses that no symptom can lead to here, because whether the loss stands still cannot be told."""
+    why = case.reasons.get("trend")
+    return {} if why is None else {h.code: why for h in hypotheses if h.symptoms == (STUCK,)}
 
 
 def _eliminate(
@@ -92,13 +99,10 @@ def _eliminate(
     for h in survivors:
         if any(f.word == PROVED for f in findings):
             break
-        found = _tried(case, h, sign, progress)
-        if isinstance(found, Finding):
-            findings.append(found)
-        elif isinstance(found, RuledOut):
-            ruled_out.append(found)
-        else:
-            open_questions[h.code] = found
+        found, refuted, unsettled = _tried(case, h, hypotheses, sign, progress)
+        findings += found
+        ruled_out += refuted
+        open_questions |= unsettled
     findings = [replace(f, ruled_out=tuple(r for r in ruled_out if r.code != f.code)) for f in findings]
     return findings, open_questions
 
@@ -117,37 +121,46 @@ def _judge(case: Case, h: Hypothesis) -> tuple[str | None, str | None]:
     return None, missing
 
 
-def _tried(case: Case, h: Hypothesis, sign: str, progress: Progress | None) -> Finding | RuledOut | str:
+def _tried(
+    case: Case, h: Hypothesis, hypotheses: Sequence[Hypothesis], sign: str, progress: Progress | None
+) -> tuple[list[Finding], list[RuledOut], dict[str, str]]:
     """What the survivor's own remedies make of it: a finding, a refutation, or why it stays open."""
     trial, because = None, "it has no remedy that can be tried"
-    arms = h.remedies(case)
-    if arms:
+    remedies = h.remedies(case)
+    if remedies:
         try:
-            trial = run_trial(case, arms, state=h.origin(case), progress=_later(progress))
+            trial = run_trial(case, remedies, state=h.origin(case), progress=_later(progress))
         except (ValueError, TapeError, torch.OutOfMemoryError) as error:
             because = str(error)
-    if trial is not None and trial.accepted:
-        word = PROVED
-    elif h.decisive:
-        word = SHOWN
-    elif trial is not None:
-        best = min((a for a in trial.arms if a.role == "remedy"), key=lambda a: a.effect)
-        return RuledOut(
-            h.code, f"its own remedy does not help: {best.remedy} ends {_change(best.effect)} than the control"
-        )
-    elif sign in (BLIND, DIVERGED):
-        word = SUSPECT
-    else:
-        return because
-    advice = (
-        h.advice
-        if word == PROVED or not arms or trial is not None
-        else f"{h.advice} (It could not be tried: {because}.)"
-    )
-    evidence = _evidence(case, h)
-    return Finding(
-        h.code, word, since(case), _place(case, h), h.claim(case), _advice(advice, trial), evidence, trial=trial
-    )
+    proved = set() if trial is None else _proved(h, remedies, trial)
+    if h.code in proved:
+        return [_finding(case, h, PROVED, _advice(h.advice, trial), trial)], [], {}
+    untried = f"{h.advice} (It could not be tried: {because}.)" if remedies and trial is None else h.advice
+    if h.decisive:
+        return [_finding(case, h, SHOWN, untried, trial)], [], {}
+    if trial is not None:
+        others = [_finding(case, o, PROVED, _advice(o.advice, trial), trial) for o in hypotheses if o.code in proved]
+        best = min((a for a in trial.arms if a.remedy in _own(h, remedies)), key=lambda a: a.effect)
+        failed = f"its own remedy does not help: {best.remedy} ends {_change(best.effect)} than the control"
+        return others, [RuledOut(h.code, failed)], {}
+    if sign in (BLIND, DIVERGED):
+        return [_finding(case, h, SUSPECT, untried, None)], [], {}
+    return [], [], {h.code: because}
+
+
+def _own(h: Hypothesis, remedies: Sequence[Remedy]) -> list[str]:
+    """The names of the remedies that prove the hypothesis that tries them; of all where none does."""
+    return [r.name for r in remedies if r.proves in ("", h.code)] or [r.name for r in remedies]
+
+
+def _proved(h: Hypothesis, remedies: Sequence[Remedy], trial: Trial) -> set[str]:
+    """The codes of the causes that the remedies which won speak for."""
+    won = {a.remedy for a in trial.accepted}
+    return {r.proves or h.code for r in remedies if r.name in won}
+
+
+def _finding(case: Case, h: Hypothesis, word: str, advice: str, trial: Trial | None) -> Finding:
+    return Finding(h.code, word, since(case), _place(case, h), h.claim(case), advice, _evidence(case, h), trial=trial)
 
 
 def _evidence(case: Case, h: Hypothesis) -> tuple[Evidence, ...]:

@@ -191,7 +191,7 @@ def _noisy(case: Case) -> str:
 
 
 def _lowered(case: Case) -> list[Remedy]:
-    arms = [remedies.rate(case.state, 1 / 3), remedies.rate(case.state, 1 / 10)]
+    arms = [remedies.rate(case.state, 1 / k, least=remedies.SLIGHTLY) for k in (3, 10)]
     return arms if motion.repeats_one_batch(case) else [*arms, remedies.larger_batch(4)]
 
 

@@ -13,6 +13,7 @@ from unstuck.curvature import eigenpairs, hessian
 from unstuck.diagnosis._case import Case, distinct, rebuilt
 from unstuck.diagnosis._findings import Evidence
 from unstuck.diagnosis._structure import mean_loss
+from unstuck.diagnosis._trial import STEPS
 from unstuck.objective import Tape
 from unstuck.record import Optimizer, State
 
@@ -22,15 +23,19 @@ BLOCKS = 12
 
 
 def trend(case: Case) -> Evidence | None:
-    """The change of ln(loss) over the last third of the run: Theil–Sen over block means, with its middle 80 %."""
+    """The change of ln(loss) over the last third of the run: Theil–Sen over block means, with its middle 80 %.
+
+    Of a short run the window is its last 60 steps: standing still for less than a trial takes tells nothing, for early
+    on any loss is noisy and falls in bursts. ValueError where there are fewer steps, or a loss has no logarithm.
+    """
     finite = [x for x in case.losses if math.isfinite(x)]
-    window = finite[-max(int(len(finite) * WINDOW), 20) :]
-    if len(window) < 20 or min(window) <= 0:
-        return None
+    window = finite[-max(int(len(finite) * WINDOW), STEPS) :]
+    if len(window) < STEPS:
+        raise ValueError(f"whether a loss stands still shows over {STEPS} steps, and this run has {len(window)}")
+    if min(window) <= 0:
+        raise ValueError("whether a loss stands still shows only where it is above 0")
     size = len(window) / BLOCKS
-    blocks = [
-        math.log(statistics.fmean(window[int(k * size) : int((k + 1) * size)] or window[-1:])) for k in range(BLOCKS)
-    ]
+    blocks = [math.log(statistics.fmean(window[int(k * size) : int((k + 1) * size)])) for k in range(BLOCKS)]
     slopes = sorted((blocks[j] - blocks[i]) / (j - i) for i in range(BLOCKS) for j in range(i + 1, BLOCKS))
     low, middle, high = (slopes[int(q * (len(slopes) - 1))] * BLOCKS for q in (0.1, 0.5, 0.9))
     return Evidence("trend", middle, low, high, len(window), "change of ln(loss) over the last third of the run")

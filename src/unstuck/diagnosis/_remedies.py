@@ -6,11 +6,15 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from unstuck.diagnosis._findings import plain
-from unstuck.diagnosis._trial import Fork, Remedy
+from unstuck.diagnosis._trial import LEAST, Fork, Remedy
 from unstuck.record import State
 
+# What a cooled arm must gain before it tells a fault from a healthy run, as measured on both (ln of the losses' ratio)
+SLIGHTLY = -0.03  # a lower rate: where nothing is wrong it loses by the end, for the control has cooled down as well
+FAR = math.log(0.8)  # a larger batch, which sees more data than the control: at most 15 % where nothing is wrong
 
-def rate(state: State | None, factor: float) -> Remedy:
+
+def rate(state: State | None, factor: float, *, least: float = LEAST) -> Remedy:
     """The learning rate of a state times `factor`, to two digits."""
     groups = () if state is None or state.optimizer is None else state.optimizer.groups
     old = float(groups[0]["lr"]) if groups and "lr" in groups[0] else 0.0
@@ -18,7 +22,7 @@ def rate(state: State | None, factor: float) -> Remedy:
         factor = float(f"{old * factor:.2g}") / old
     change = f"× {_round(factor)}" if factor > 1 else f"÷ {_round(1 / factor)}"
     name = f"learning rate {old * factor:.2g} ({change})" if old else f"learning rate {change}"
-    return Remedy(name, lambda copy: copy.scale_rate(factor))
+    return Remedy(name, lambda copy: copy.scale_rate(factor), least=least)
 
 
 def _round(x: float) -> str:
@@ -26,12 +30,12 @@ def _round(x: float) -> str:
 
 
 def larger_batch(times: int) -> Remedy:
-    """Several recorded batches to a step."""
+    """Several recorded batches to a step: where that alone wins, the noise of the batches held the run up."""
 
     def apply(copy: Fork) -> None:
         copy.together = times
 
-    return Remedy(f"batch × {times}", apply)
+    return Remedy(f"batch × {times}", apply, proves="noise-floor", least=FAR)
 
 
 def randomise() -> Remedy:

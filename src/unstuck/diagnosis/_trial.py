@@ -59,6 +59,8 @@ class Remedy:
 
     name: str
     apply: Callable[[Fork], None]
+    proves: str = ""  # the code of the cause that it proves where it wins, if not of the one that tries it
+    least: float = LEAST  # how far below the control it must end, as ln of the two losses' ratio
 
 
 def fork(state: State) -> Fork:
@@ -79,12 +81,11 @@ def run_trial(
     remedies: Sequence[Remedy],
     *,
     state: State | None = None,
-    least: float = LEAST,
     progress: Progress | None = None,
 ) -> Trial:
     """Tries remedies beside the control and a null arm from `state` (by default where the run stands).
 
-    An arm is accepted when its interval excludes 0 and it ends by exp(`least`) or more below the control, twice as far
+    An arm is accepted when its interval excludes 0 and it ends as far below the control as it must, twice as far
     as the null arm strayed, and no higher than it started. Where the null arm strays by more than 2 % the state is
     chaotic: all arms are repeated over shuffled orders, and the null arms count as controls. ValueError where the run
     cannot be continued.
@@ -104,7 +105,8 @@ def run_trial(
     if abs(orders[0][-1].level - orders[0][0].level) > RESTLESS:
         orders += [_all_arms(state, arms, train, judge, order=k, progress=progress) for k in range(1, ORDERS)]
     begin = math.log(max(mean_loss(state.weights, judge), FLOOR))
-    made = [_arm(arm, [order[k] for order in orders], orders, begin, least) for k, arm in enumerate(arms)]
+    least = [LEAST, *(r.least for r in remedies), LEAST]
+    made = [_arm(arm, [order[k] for order in orders], orders, begin, least[k]) for k, arm in enumerate(arms)]
     return Trial(tuple(made), STEPS, COOLDOWN, held_out=not {id(t) for t in train} & {id(t) for t in judge})
 
 
