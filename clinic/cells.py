@@ -43,10 +43,11 @@ class Case:
     @property
     def command(self) -> list[str]:
         """What `unstuck run` is given."""
+        if self.program in SCRIPTS:
+            choice = ["--fault", self.fault] if self.fault else []
+            return [str(SCRIPTS[self.program]), "--seed", str(self.seed), *choice]
         words = ("fault", "strength", "variant", "optimiser", "seed")
         options = [word for key in words if (value := getattr(self, key)) != "" for word in (f"--{key}", str(value))]
-        if self.program in SCRIPTS:
-            return [str(SCRIPTS[self.program]), *options]
         return ["-m", "clinic.train", self.program, *options]
 
 

@@ -1,8 +1,8 @@
 """The harm rule: what is put in counts as a fault only where the run ends worse than the healthy one.
 
-python -m clinic.harm                                       everything, for five seeds: hours; it goes on where it stopped
-python -m clinic.harm --fault lr-bounces --program mlp      one fault on one program
-python -m clinic.harm --table                               what is known, without a run
+python -m clinic.harm                                     everything, five seeds: hours; it goes on where it stopped
+python -m clinic.harm --fault lr-bounces --program mlp    one fault on one program
+python -m clinic.harm --table                             what is known, without a run
 
 A fault does harm where, in the median over the seeds, two points of the held-out score are lost, or the final training
 loss is more than twice the healthy one and 0.03, or the healthy target takes twice as many steps, or the validation

@@ -1,4 +1,4 @@
-"""Runs that are well though they may look odd: twelve optimisers, and the look-alikes of the catalogue's section 3.9."""
+"""Runs that are well though they look odd: twelve optimisers, and the look-alikes of section 3.9 of the catalogue."""
 
 import json
 import math
