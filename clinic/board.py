@@ -138,6 +138,8 @@ def board(rows: Sequence[Row]) -> dict[str, Any]:
         parts["held out" if is_held_out(row) else "calibration"].append(row)
     return {
         "faulty": recall(ill),
+        "of causes that it knows": recall([row for row in ill if row["known"]]),
+        "seeds": len({row["case"]["seed"] for row in rows}),
         "healthy": false_alarms(well),
         "parts": {name: {**recall(faulty(p)), **_named(false_alarms(healthy(p)))} for name, p in parts.items()},
         "strengths": {s: recall([row for row in ill if row["case"]["strength"] == s]) for s in STRENGTHS},

@@ -66,6 +66,7 @@ def examine(case: Case) -> dict[str, Any]:
         said = json.loads(out.read_text()) if out.exists() else {}
     trouble = "" if status == 0 and said else f"status {status}: {printed[-300:]}"
     findings = [{"code": f["code"], "word": f["word"], "cure": _cure(f["remedies"])} for f in said.get("findings", ())]
+    unjudged = [gap["code"] for gap in said.get("not_checked", ())]
     ran = said.get("seconds", wall)
     return {
         "case": asdict(case),
@@ -74,7 +75,8 @@ def examine(case: Case) -> dict[str, Any]:
         "seconds": round(ran, 3),
         "verdict_seconds": round(wall - ran, 3),
         "overhead": said.get("overhead", {}).get("share", "nan"),
-        "not_checked": [gap["code"] for gap in said.get("not_checked", ())],
+        "known": case.fault in [*said.get("checked", ()), *unjudged],  # else no diagnosis could name it
+        "not_checked": unjudged,
         "trouble": trouble,
     }
 
