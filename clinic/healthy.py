@@ -263,7 +263,7 @@ def parity(t: Training) -> None:
     t.score, t.steps = accuracy, 800
     t.criterion = t.right_loss = lambda output, target: F.cross_entropy(output, target)
     t.step_schedule = t.epoch_schedule = None
-    of_class(t, torch.optim.Adam, lr=5e-3)
+    of_class(t, torch.optim.Adam, lr=1e-3)
 
 
 def deep_linear(t: Training) -> None:
@@ -275,7 +275,7 @@ def deep_linear(t: Training) -> None:
     layers = [nn.Linear(size, 16, bias=False), nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)]
     t.model = Net(nn.Sequential(*layers), nn.Linear(16, 1, bias=False))
     for layer in matrices(t.model):
-        nn.init.normal_(layer.weight, std=0.5 / math.sqrt(layer.in_features))
+        nn.init.normal_(layer.weight, std=0.3 / math.sqrt(layer.in_features))
     t.criterion = t.right_loss = F.mse_loss
     t.score = r_squared
     t.step_schedule = t.epoch_schedule = None
@@ -356,7 +356,7 @@ _PLAIN = tuple(p for p in _ALL if p != "gan")
 
 VARIANTS = {
     "edge-of-stability": Variant(1, edge_of_stability, ("mlp", "regression")),
-    "catapult": Variant(2, catapult, ("mlp", "regression")),
+    "catapult": Variant(2, catapult, ("mlp", "cnn")),
     "cosine-tail": Variant(3, cosine_tail, _ALL),
     "one-cycle": Variant(4, one_cycle, _PLAIN),
     "warm-restarts": Variant(4, warm_restarts, _PLAIN),

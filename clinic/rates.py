@@ -1,8 +1,10 @@
 """Finds a rate for every optimiser on every program, by one seed and a short list; keeps them in clinic/rates.json.
 
-python -m clinic.rates
+python -m clinic.rates                  those that are missing
+python -m clinic.rates --program gru    of one program
 """
 
+import argparse
 import json
 import math
 from itertools import product
@@ -41,9 +43,12 @@ def score(program: str, optimiser: str, rate: float) -> float:
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", action="append", default=[], choices=tuple(PROGRAMS))
+    programs = parser.parse_args().program or PROGRAMS
     torch.set_num_threads(1)
     kept = json.loads(PLACE.read_text())
-    for program, (optimiser, rates) in product(PROGRAMS, GRID.items()):
+    for program, (optimiser, rates) in product(programs, GRID.items()):
         if program == "gan" and optimiser in ("LBFGS", "Rprop"):
             continue  # its losses change at every step
         if program in kept.setdefault(optimiser, {}):

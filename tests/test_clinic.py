@@ -49,7 +49,7 @@ def test_the_catalogue_is_whole():
 def test_a_fault_applies_to_two_programs_or_says_why_not(fault):
     assert len(fault.strengths) >= 2 or fault.why_alone
     assert set(fault.strengths) <= set(PROGRAMS)
-    for mild, clear, severe in fault.strengths.values():
+    for mild, _, severe in fault.strengths.values():
         assert mild != severe
 
 

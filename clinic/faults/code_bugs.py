@@ -218,24 +218,18 @@ def broadcast(t: Training, batch_size: int) -> None:
         t.criterion = lambda output, target: ((output - target[:, 0]) ** 2).mean()
 
 
-def four_parts_undivided(t):
+def ten_parts_undivided(t):
     right = t.criterion
 
     def step(t, batch):
         t.optimizer.zero_grad()
-        for x, y in zip(batch.x.split(len(batch) // 4), batch.y.split(len(batch) // 4), strict=True):
+        for x, y in zip(batch.x.chunk(10), batch.y.chunk(10), strict=True):
             loss = right(t.model(x), y)
             loss.backward()
         t.optimizer.step()
         return loss.item()
 
     t.step = step
-    t.batch_size = 4 * t.batch_size // 4 * 4
-    t.batches = whole_batches(t.batches)
-
-
-def whole_batches(batches):
-    return lambda t: (batch for batch in batches(t) if len(batch) == t.batch_size)
 
 
 def summed(t):
@@ -308,7 +302,7 @@ FAULTS = (
         "output-out-of-range",
         "wrong loss",
         bounded_output,
-        on(("regression", *CLASSES), nn.Tanh, nn.ReLU, nn.Sigmoid),
+        on(CLASSES, nn.Tanh, nn.Sigmoid, nn.Hardsigmoid, regression=(nn.Tanh, nn.Sigmoid, nn.ReLU)),
     ),
     Fault(41, "wrong-loss", "wrong loss", loss_of, on(ROWS, expected_class, class_as_number, one_column)),
     Fault(42, "silent-broadcast", "wrong loss", broadcast, on(("regression", "tabular"), 4, 32, 128)),
@@ -317,12 +311,12 @@ FAULTS = (
         "loss-summed",
         "step too large",
         loss_summed,
-        on(SGD, four_parts_undivided, summed, summed_over_large_batches),
+        on(SGD, ten_parts_undivided, summed, summed_over_large_batches),
     ),
     Fault(
         44, "stepped-twice", "stepped-twice", step_of, on(SUPERVISED, stepped_twice, stepped_by_two, stepped_in_a_loop)
     ),
-    Fault(45, "weights-reset", "weights-reset", reloaded, on(EVERYWHERE, 4, 2, 1)),
+    Fault(45, "weights-reset", "weights-reset", reloaded, on(EVERYWHERE, 6, 3, 1)),
     Fault(
         46,
         "data-corrupted-in-place",

@@ -90,7 +90,15 @@ FAULTS = (
         "saddle",
         ORIGIN,
         near_zero,
-        on(EVERYWHERE, 1e-4, 1e-6, 1e-8, mlp=(1e-8, 1e-10, 1e-12), cnn=(1e-8, 1e-9, 1e-10)),
+        on(
+            EVERYWHERE,
+            1e-4,
+            1e-6,
+            1e-8,
+            mlp=(1e-8, 1e-10, 1e-12),
+            tabular=(1e-8, 1e-10, 1e-12),
+            cnn=(1e-8, 1e-9, 1e-10),
+        ),
     ),
     Fault(
         13,

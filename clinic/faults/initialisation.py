@@ -93,6 +93,7 @@ def expanding(t: Training, factor: float) -> None:
     recurrent = [m for m in t.model.modules() if isinstance(m, nn.RNNBase)]
     if not recurrent:
         t.rebuild(depth=12)
+        t.lr *= 0.1
         for layer in matrices(t.model.body):
             nn.init.orthogonal_(layer.weight, gain=factor * 2**0.5)
         return
@@ -117,7 +118,14 @@ FAULTS = (
     Fault(17, "zero-init", ORIGIN, zero_init, on(EVERYWHERE, hidden_layers, all_layers, everything)),
     Fault(18, "constant-init", "constant-init", constant_init, on(EVERYWHERE, 0.02, 0.05, 0.2)),
     Fault(19, "init-too-large", ORIGIN, gain, on(EVERYWHERE, 5.0, 15.0, 50.0)),
-    Fault(20, "init-too-small", ORIGIN, small_gain, on(EVERYWHERE, 0.1, 0.03, 0.01), harmless=1.0),
+    Fault(
+        20,
+        "init-too-small",
+        ORIGIN,
+        small_gain,
+        on(tuple(p for p in EVERYWHERE if p != "tabular"), 0.4, 0.2, 0.03),
+        harmless=1.0,
+    ),
     Fault(
         21,
         "saturated",
@@ -125,21 +133,27 @@ FAULTS = (
         saturating,
         on(("mlp", "cnn", "gru", "autoencoder", "tabular", "lstm", "regression"), 1.5, 3.0, 10.0),
     ),
-    Fault(22, "dead-units", ORIGIN, dead, on(RELU, -8.0, -20.0, -100.0)),
+    Fault(22, "dead-units", ORIGIN, dead, on(RELU, -3.0, -20.0, -100.0)),
     Fault(
         23,
         "vanishing-gradient",
         ORIGIN,
         deep_sigmoids,
-        on(("mlp", "gru", "autoencoder", "tabular", "regression"), 5, 8, 14),
+        on(("mlp", "gru", "autoencoder", "regression"), 3, 6, 12, tabular=(10, 14, 20)),
     ),
     Fault(
         24,
         "exploding-gradient",
         "exploding-gradient",
         expanding,
-        on(("mlp", "gru", "lstm", "regression"), 1.1, 1.3, 1.6),
+        on(("mlp", "gru", "lstm", "regression"), 1.15, 1.4, 1.8),
         harmless=1.0,
     ),
-    Fault(25, "output-bias", "output-bias", output_bias, on(EVERYWHERE, 10.0, 30.0, 100.0)),
+    Fault(
+        25,
+        "output-bias",
+        "output-bias",
+        output_bias,
+        on(EVERYWHERE, 10.0, 30.0, 100.0, mlp=(60.0, 150.0, 500.0), regression=(3.0, 10.0, 30.0)),
+    ),
 )

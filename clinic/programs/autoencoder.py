@@ -23,5 +23,5 @@ def setup() -> Training:
     data = compressible()
     scale = (data[0].y - data[0].y.mean(0)).square().mean().item()
     return Training(
-        data, build, F.mse_loss, r_squared, torch.optim.Adam, {"lr": 3e-3}, batch_size=50, steps=400, scale=scale
+        data, build, F.mse_loss, r_squared, torch.optim.Adam, {"lr": 5e-3}, batch_size=50, steps=400, scale=scale
     )

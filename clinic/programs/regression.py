@@ -22,7 +22,7 @@ def halving(optimizer, epochs):
 
 
 def setup() -> Training:
-    options = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+    options = {"lr": 0.06, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
     return Training(
         friedman(),
         build,
