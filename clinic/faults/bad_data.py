@@ -135,7 +135,7 @@ FAULTS = (
         "label-map-wrong",
         "label-map-wrong",
         another_map,
-        on((*CLASSES, "tabular"), two_swapped, off_by_one, reversed_order),
+        on(CLASSES, two_swapped, off_by_one, reversed_order),
     ),
     Fault(
         49,
@@ -156,7 +156,7 @@ FAULTS = (
         "inputs-unscaled",
         "slow",
         scaled_and_shifted,
-        on(("mlp", "cnn", "gru", "tabular", "regression"), (10.0, 30.0), (80.0, 100.0), (255.0, 1000.0)),
+        on(("mlp", "cnn", "gru", "tabular", "regression"), (4.0, 3.0), (16.0, 30.0), (255.0, 1000.0)),
     ),
     Fault(
         52,
@@ -166,13 +166,19 @@ FAULTS = (
         on(("mlp", "cnn", "gru", "tabular", "regression", "lstm", "transformer"), cropped, zeroed, one_for_all),
     ),
     Fault(53, "non-finite-data", "non-finite-data", non_finite, on((*NUMBERS, "gan"), 1, 5, 100)),
-    Fault(54, "outliers", "outliers", outliers, on((*NUMBERS, "gan"), 10.0, 100.0, 1e4)),
+    Fault(
+        54,
+        "outliers",
+        "outliers",
+        outliers,
+        on(("mlp", "cnn", "gru", "autoencoder", "regression", "gan"), 30.0, 100.0, 1e4),
+    ),
     Fault(
         55,
         "preprocessing-mismatch",
         "preprocessing-mismatch",
         other_preprocessing,
-        on(NUMBERS, (2.0, 0.5), (4.0, 1.0), (255.0, 0.0)),
+        on(NUMBERS, (2.0, 1.0), (4.0, 3.0), (16.0, 30.0)),
     ),
-    Fault(56, "leakage", "leakage", leak, on(SUPERVISED, 0.2, 0.5, 0.9)),
+    Fault(56, "leakage", "leakage", leak, on(SUPERVISED, 0.2, 0.5, 0.9), harmless=0.0),
 )

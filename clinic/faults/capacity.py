@@ -5,6 +5,7 @@ from clinic.faults.bad_data import noisy_labels
 from clinic.training import Training
 
 CAPACITY = "capacity"
+LARGE = tuple(p for p in SUPERVISED if p != "tabular")  # for which a line is enough
 
 
 def dropout(t: Training, p: float) -> None:
@@ -16,7 +17,8 @@ def few_rows_and_many_units(t: Training, rows: int) -> None:
     t.train = t.train.rows(slice(rows))
     if "width" in t.build.__kwdefaults__:
         t.rebuild(width=2 * t.build.__kwdefaults__["width"])
-    noisy_labels(t, 0.15)
+    if not t.train.y.is_floating_point():
+        noisy_labels(t, 0.15)
     t.batch_size = min(t.batch_size, rows // 2)
 
 
@@ -33,7 +35,7 @@ def too_small(t: Training, size: int) -> None:
 
 
 FAULTS = (
-    Fault(57, "dropout-too-high", CAPACITY, dropout, on(SUPERVISED, 0.7, 0.9, 0.97)),
+    Fault(57, "dropout-too-high", CAPACITY, dropout, on(LARGE, 0.7, 0.9, 0.97)),
     Fault(
         58,
         "overfitting",
@@ -46,6 +48,6 @@ FAULTS = (
         "capacity-too-small",
         CAPACITY,
         too_small,
-        on(SUPERVISED, 3, 2, 1, transformer=(6, 4, 2), cnn=(2, 1, 1), lstm=(6, 4, 2)),
+        on(LARGE, 3, 2, 1, transformer=(6, 4, 2), cnn=(2, 1, 1), lstm=(6, 4, 2)),
     ),
 )

@@ -53,7 +53,7 @@ def clipped_before_unscaled(t, batch):
 
 
 def clips_first(t: Training) -> None:
-    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    t.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
     t.step = clipped_before_unscaled
 
 
@@ -117,18 +117,17 @@ def in_bfloat16(t: Training, factor: float) -> None:
 
 def kicked(t: Training, factor: float) -> None:
     """Twenty steps at a rate far too high, and then the right one: a schedule read from the wrong end."""
-    if t.optimizer_class is not torch.optim.SGD:
-        of_class(t, torch.optim.SGD, lr=0.1)
+    of_class(t, torch.optim.Adam, lr=3e-3)
     t.epoch_schedule = None
     t.clip = 0.0
     t.step_schedule = lambda optimizer, steps: LambdaLR(optimizer, lambda k: factor if k < 20 else 1.0)
 
 
 FAULTS = (
-    Fault(60, "fp16-underflow", "fp16-underflow", underflow, on(SUPERVISED, 1e-5, 1e-6, 1e-7)),
+    Fault(60, "fp16-underflow", "fp16-underflow", underflow, on(SUPERVISED, 1e-6, 3e-7, 1e-7)),
     Fault(61, "scaler-skips", "scaler-skips", scaler, on(SUPERVISED, clips_first, skips_most, skips_all)),
     Fault(62, "forward-overflow", "forward-overflow", overflow, on(CLASSES, 8.0, 20.0, 100.0)),
-    Fault(63, "non-finite-gradient", "non-finite-gradient", root_of_zero, on(NUMBERS, 1e-4, 1e-3, 0.05)),
+    Fault(63, "non-finite-gradient", "non-finite-gradient", root_of_zero, on(NUMBERS, 1e-3, 1e-2, 0.1)),
     Fault(
         64,
         "update-below-precision",
@@ -136,5 +135,5 @@ FAULTS = (
         in_bfloat16,
         on(("mlp", "gru", "tabular", "autoencoder", "regression"), 0.1, 0.03, 0.01),
     ),
-    Fault(65, "killed", "step too large", kicked, on(RELU, 10.0, 30.0, 100.0)),
+    Fault(65, "killed", "step too large", kicked, on(RELU, 100.0, 300.0, 1000.0)),
 )
