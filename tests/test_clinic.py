@@ -30,7 +30,7 @@ CHOSEN = [  # each fault once, the programs and the strengths in turn
 CELLS = [("mlp", ""), ("tabular", "parameters-not-optimised"), ("regression", "dead-units")]
 
 
-def run(steps=3, **choice):
+def run(steps=2, **choice):
     training = prepared(**choice)
     training.steps = min(training.steps, steps)
     return training, train(training, tell=lambda line: None)

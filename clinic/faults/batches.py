@@ -136,7 +136,7 @@ FAULTS = (
         "eval-while-training",
         NORM,
         eval_while_training,
-        on(NORMS, (2.0, 2.0), (4.0, 5.0), (10.0, 20.0)),
+        on(NORMS, (2.0, 2.0), (3.0, 3.0), (6.0, 8.0)),
     ),
     Fault(
         31,

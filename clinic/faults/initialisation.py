@@ -133,13 +133,13 @@ FAULTS = (
         saturating,
         on(("mlp", "cnn", "gru", "autoencoder", "tabular", "lstm", "regression"), 1.5, 3.0, 10.0),
     ),
-    Fault(22, "dead-units", ORIGIN, dead, on(RELU, -3.0, -20.0, -100.0)),
+    Fault(22, "dead-units", ORIGIN, dead, on(RELU, -2.0, -20.0, -100.0)),
     Fault(
         23,
         "vanishing-gradient",
         ORIGIN,
         deep_sigmoids,
-        on(("mlp", "gru", "autoencoder", "regression"), 3, 6, 12, tabular=(10, 14, 20)),
+        on(("mlp", "gru", "autoencoder", "regression"), 2, 5, 12, tabular=(7, 10, 16)),
     ),
     Fault(
         24,
