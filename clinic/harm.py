@@ -152,6 +152,12 @@ def table(verdicts: dict[str, dict[str, dict[str, Any]]]) -> Table:
     return shown
 
 
+def written(verdicts: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """As JSON, a line a fault and strength."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(by_program)}" for name, by_program in verdicts.items())
+    return f'{{"environment": {json.dumps(kept.environment())},\n"verdicts": {{\n{lines}\n}}}}\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fault", action="append", default=[], choices=tuple(FAULTS), metavar="CODE")
@@ -176,7 +182,7 @@ def main() -> None:
         table({n: {p: v for p, v in by.items() if p in programs} for n, by in verdicts.items() if n in names})
     )
     if args.raw == RAW:
-        TABLE.write_text(json.dumps({"environment": kept.environment(), "verdicts": verdicts}, indent=1) + "\n")
+        TABLE.write_text(written(verdicts))
 
 
 if __name__ == "__main__":
