@@ -1,7 +1,7 @@
 """The scoreboard: what the cells of the clinic say of the diagnosis."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from statistics import median
 from typing import Any
 
@@ -125,8 +125,10 @@ def cost(rows: Sequence[Row]) -> dict[str, float]:
     }
 
 
-def board(rows: Sequence[Row]) -> dict[str, Any]:
-    """Everything that the cells say, as plain values."""
+def board(rows: Sequence[Row], mutants: Collection[str] = ()) -> dict[str, Any]:
+    """Everything that the cells say, as plain values. `mutants` did no harm, and are counted by themselves."""
+    equivalent = [row for row in rows if _place(row) in mutants]
+    rows = [row for row in rows if _place(row) not in mutants]
     ill, well = faulty(rows), healthy(rows)
     by_fault = {}
     for code in FAULTS:
@@ -142,6 +144,7 @@ def board(rows: Sequence[Row]) -> dict[str, Any]:
         "seeds": len({row["case"]["seed"] for row in rows}),
         "healthy": false_alarms(well),
         "parts": {name: {**recall(faulty(p)), **_named(false_alarms(healthy(p)))} for name, p in parts.items()},
+        "equivalent mutants": recall(equivalent),
         "strengths": {s: recall([row for row in ill if row["case"]["strength"] == s]) for s in STRENGTHS},
         "words": frequencies(rows),
         "faults": {code: found for code, found in by_fault.items() if found},
@@ -150,6 +153,12 @@ def board(rows: Sequence[Row]) -> dict[str, Any]:
         "cost": cost(rows),
         "failures": failures(rows),
     }
+
+
+def _place(row: Row) -> str:
+    """Of a fault, as the table of harm names it."""
+    case = row["case"]
+    return f"{case['fault']} {case['strength']} {case['program']}"
 
 
 def _named(alarms: dict[str, int]) -> dict[str, int]:

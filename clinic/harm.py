@@ -152,6 +152,14 @@ def table(verdicts: dict[str, dict[str, dict[str, Any]]]) -> Table:
     return shown
 
 
+def mutants() -> set[str]:
+    """What the kept table calls equivalent: fault, strength and program."""
+    if not TABLE.exists():
+        return set()
+    verdicts = json.loads(TABLE.read_text())["verdicts"]
+    return {f"{name} {program}" for name, by in verdicts.items() for program, v in by.items() if not v["harm"]}
+
+
 def written(verdicts: dict[str, dict[str, dict[str, Any]]]) -> str:
     """As JSON, a line a fault and strength."""
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(by_program)}" for name, by_program in verdicts.items())

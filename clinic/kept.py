@@ -54,10 +54,14 @@ def measure(
     ):
         task = bar.add_task("cells", total=len(missing))
         futures = {executor.submit(work, case): key for key, case in missing.items()}
-        for future in as_completed(futures):
-            row = {"key": futures[future], **future.result()}
-            known[row["key"]] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            bar.update(task, advance=1, description=row["key"].rsplit(" ", 1)[0])
+        try:
+            for future in as_completed(futures):
+                row = {"key": futures[future], **future.result()}
+                known[row["key"]] = row
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                bar.update(task, advance=1, description=row["key"].rsplit(" ", 1)[0])
+        finally:
+            for future in futures:  # those that wait, where one has failed or the user has had enough
+                future.cancel()
     return [known[key] for key in wanted]

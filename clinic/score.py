@@ -23,6 +23,7 @@ from clinic import fingerprints, kept
 from clinic.board import board, tables
 from clinic.cells import HERE, SCRIPTS, Case, examine
 from clinic.faults import FAULTS, STRENGTHS
+from clinic.harm import mutants
 from clinic.healthy import OPTIMISERS, RATES, VARIANTS
 from clinic.heldout import FAULTY
 from clinic.programs import PROGRAMS
@@ -98,12 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = [(case, f"{fingerprints.of_case(case)}-{fingerprints.of_package()}") for case in cases]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as executor:
         rows = kept.measure(named, examine, args.cells, executor=executor, console=console)
-    found = board(rows)
+    found = board(rows, mutants())
     for table in tables(found):
         console.print(table)
     for line in found["failures"]:
         console.print(line, markup=False, highlight=False)
     console.print(f"right cause first: {found['faulty']['first']} of {found['faulty']['runs']} faulty runs")
+    console.print(f"a verdict costs: {found['cost']}")
     silent = found["healthy"]["runs"] - found["healthy"]["alarmed"]
     console.print(f"silent: {silent} of {found['healthy']['runs']} healthy runs")
     if args.output:

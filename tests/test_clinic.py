@@ -324,6 +324,14 @@ def test_the_board_counts_what_a_reader_would():
     assert len(found["failures"]) == 1
 
 
+def test_equivalent_mutants_are_counted_by_themselves():
+    rows = [row("mlp", "saddle", ("saddle", "PROVED")), row("lstm", "saddle"), row("mlp", "")]
+    found = board(rows, {"saddle clear lstm"})
+    assert found["faulty"] == {"runs": 1, "first": 1, "among three": 1, "family": 1}
+    assert found["equivalent mutants"] == {"runs": 1, "first": 0, "among three": 0, "family": 0}
+    assert found["healthy"]["runs"] == 1
+
+
 # Cells from outside
 
 

@@ -13,9 +13,11 @@ def build(*, width=64, code=12, depth=1, activation=nn.ReLU, norm=None, dropout=
         after = [*([norm(to)] if norm else []), activation(), *([nn.Dropout(dropout)] if dropout else [])]
         return [nn.Linear(size, to), *after]
 
-    inner = [part for _ in range(depth - 1) for part in layer(width, width)]
-    encoder = [*layer(196, width), *inner, nn.Linear(width, code)]
-    decoder = [*layer(code, width), *inner[: 0 if not inner else None]]
+    def inner():
+        return [part for _ in range(depth - 1) for part in layer(width, width)]
+
+    encoder = [*layer(196, width), *inner(), nn.Linear(width, code)]
+    decoder = [*layer(code, width), *inner()]
     return Net(nn.Sequential(*encoder, *decoder), nn.Linear(width, 196), out())
 
 
