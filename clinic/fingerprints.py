@@ -3,7 +3,9 @@
 import functools
 import hashlib
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import unstuck
@@ -28,16 +30,45 @@ def of_case(case: Case) -> str:
     """Of the sources of what is run."""
     if case.program in SCRIPTS:
         return digits(SCRIPTS[case.program].read_text())
-    parts = [inspect.getsource(m) for m in (data, training, inspect.getmodule(programs.PROGRAMS[case.program]))]
+    parts = [*_whole(data), *_whole(training), *_whole(inspect.getmodule(programs.PROGRAMS[case.program]))]
     if case.fault:
         fault = FAULTS[case.fault]
-        parts += [_source(fault.change), _source(fault.value(case.program, case.strength))]
+        parts += [*sources(fault.change), *sources(fault.value(case.program, case.strength))]
     if case.variant:
-        parts.append(_source(VARIANTS[case.variant].change))
+        parts += sources(VARIANTS[case.variant].change)
     if case.optimiser:
-        parts += [_source(OPTIMISERS[case.optimiser]), str(RATES[case.optimiser].get(case.program))]
+        parts += [*sources(OPTIMISERS[case.optimiser]), str(RATES[case.optimiser].get(case.program))]
     return digits(*parts)
 
 
-def _source(value: Any) -> str:
-    return inspect.getsource(value) if inspect.isfunction(value) else repr(value)
+@functools.cache
+def _whole(module: Any) -> tuple[str, ...]:
+    return (inspect.getsource(module),)
+
+
+def sources(value: Any) -> list[str]:
+    """The source of a function or class of the clinic, and of those that it names; of any other value what it shows."""
+    found: dict[Any, str] = {}
+    todo = [value]
+    while todo:
+        one = todo.pop()
+        if _ours(one) and one not in found:
+            found[one] = inspect.getsource(one)
+            methods = vars(one).values() if inspect.isclass(one) else (one,)
+            for f in filter(inspect.isfunction, methods):
+                named = (f.__globals__.get(name) for name in _names(f.__code__))
+                todo += [other for other in named if _ours(other)]
+    return list(found.values()) or [repr(value)]
+
+
+def _ours(value: Any) -> bool:
+    is_source = inspect.isfunction(value) or inspect.isclass(value)
+    return is_source and value.__module__.startswith("clinic.")
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """What the code and the functions inside it call by name."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)

@@ -34,12 +34,15 @@ GRID = {  # three rates for each; a rate at the edge of its list is the best of 
 PLACE = Path(__file__).parent / "rates.json"
 
 
-def score(program: str, optimiser: str, rate: float) -> float:
+def merit(program: str, optimiser: str, rate: float) -> tuple[float, float]:
+    """The score after half of the steps, to a hundredth, and then the training loss."""
     healthy.RATES[optimiser] = {program: rate}
     training = prepared(program, optimiser=optimiser, seed=100)
     training.steps = max(training.steps // 2, 50)
-    found = train(training, tell=lambda line: None).score
-    return -math.inf if math.isnan(found) else found
+    found = train(training, tell=lambda line: None)
+    if math.isnan(found.score) or math.isnan(found.loss):
+        return -math.inf, -math.inf
+    return round(found.score, 2), -found.loss
 
 
 def main():
@@ -53,7 +56,7 @@ def main():
             continue  # its losses change at every step
         if program in kept.setdefault(optimiser, {}):
             continue
-        kept[optimiser][program] = max(rates, key=lambda rate: score(program, optimiser, rate))
+        kept[optimiser][program] = max(rates, key=lambda rate: merit(program, optimiser, rate))
         PLACE.with_suffix(".part").write_text(json.dumps(kept, indent=1) + "\n")
         PLACE.with_suffix(".part").replace(PLACE)
         print(program, optimiser, kept[optimiser][program])

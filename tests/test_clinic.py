@@ -200,6 +200,20 @@ def test_an_update_below_the_precision_leaves_most_weights_as_they_are():
     assert training.model.body[0].weight.grad.abs().sum() > 0
 
 
+def test_a_kick_leaves_a_layer_dead_that_the_same_steps_without_it_do_not():
+    def worst(strength):
+        training, _ = run(steps=60, program="mlp", fault="killed", strength=strength)
+        x, shares = training.train.x, []
+        with torch.no_grad():
+            for stage in training.model.body:
+                x = stage(x)
+                shares += [(x == 0).all(0).float().mean().item()] if isinstance(stage, nn.ReLU) else []
+        return max(shares)
+
+    assert worst("clear") >= 0.9
+    assert worst("harmless") < 0.5
+
+
 def test_a_leak_is_told_by_the_rows_that_no_training_saw():
     training = prepared("mlp", fault="leakage")
     known = {tuple(row.tolist()) for row in training.train.x}
@@ -273,6 +287,14 @@ def test_a_fingerprint_tells_strengths_apart_but_not_seeds():
         return fingerprints.of_case(Case("mlp", fault="lr-too-small", strength=strength, seed=seed))
 
     assert of("mild", 0) == of("mild", 1) != of("clear", 0)
+
+
+def test_a_fingerprint_sees_what_the_change_of_a_fault_calls():
+    found = "".join(fingerprints.sources(FAULTS["overfitting"].change))
+    assert "def few_rows_and_many_units" in found
+    assert "def noisy_labels" in found
+    assert "class CutBeforeHead" in fingerprints.sources(FAULTS["graph-cut"].value("mlp", "clear"))[0]
+    assert fingerprints.sources(0.5) == ["0.5"]
 
 
 # The scoreboard

@@ -9,6 +9,7 @@ from clinic.faults._fault import CLASSES, NUMBERS, RELU, SUPERVISED, Fault, of_c
 from clinic.training import Training
 
 HALF = torch.float16
+KILLABLE = tuple(p for p in RELU if p != "transformer")  # which passes on what its blocks do not
 
 
 def in_half(t: Training) -> None:
@@ -116,7 +117,9 @@ def in_bfloat16(t: Training, factor: float) -> None:
 
 
 def kicked(t: Training, factor: float) -> None:
-    """Twenty steps at a rate far too high, and then the right one: a schedule read from the wrong end."""
+    """Twenty steps at a rate far too high, from which a deep network of rectified units does not come back."""
+    options = {"norm": None} if "norm" in t.build.__kwdefaults__ else {}
+    t.rebuild(depth=4, **options)
     of_class(t, torch.optim.Adam, lr=3e-3)
     t.epoch_schedule = None
     t.clip = 0.0
@@ -135,5 +138,12 @@ FAULTS = (
         in_bfloat16,
         on(("mlp", "gru", "tabular", "autoencoder", "regression"), 0.1, 0.03, 0.01),
     ),
-    Fault(65, "killed", "step too large", kicked, on(RELU, 100.0, 300.0, 1000.0)),
+    Fault(
+        65,
+        "killed",
+        "step too large",
+        kicked,
+        on(KILLABLE, 70.0, 100.0, 300.0, tabular=(150.0, 300.0, 1000.0)),
+        harmless=1.0,
+    ),
 )
