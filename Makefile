@@ -39,8 +39,9 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# All of it takes hours, and goes on where it stopped: make clinic ARGS="--strength clear --seeds 1", or --smoke
 clinic: $(READY)
-	$(BIN)/python -m clinic
+	$(BIN)/python -m clinic $(ARGS)
 
 # All networks, or some: make bench ARGS="mlp --quick"
 bench: $(BENCH)/.ready

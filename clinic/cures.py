@@ -1,21 +1,15 @@
 """Does the cure that belongs to a fault win? Tried from the end of the faulty run, beside a control.
 
-python -m clinic.cures --seeds 3 --output clinic/results-cures.json
+python -m clinic.cures --seeds 3 --output clinic/results/cures.json
 
 Each arm goes on for 60 steps and then cools for 30 to a rate of zero, so that what counts is where the weights stand
-and not how they jitter. The programs are not touched: a hook on the optimiser's step changes the rate or the weights.
+and not how they jitter. The trainings are not touched: a hook on the optimiser's step changes the rate or the weights.
 It judges the suite, not unstuck, and shares no line with unstuck's own trials.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import math
-import os
-import platform
-import runpy
-import sys
 from pathlib import Path
 
 import torch
@@ -23,9 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from clinic import PROGRAMS
+from clinic import kept
+from clinic.faults import FAULTS
+from clinic.train import prepared
+from clinic.training import train
 
-END, GO_ON, COOL = 500, 60, 30  # steps: the programs' default, then the two parts of an arm
+GO_ON, COOL = 60, 30  # steps: the two parts of an arm
 
 
 def rerandomise(optimizer):
@@ -47,31 +44,29 @@ CURES = {  # fault: factor on the rate, change of the weights
 
 def final_loss(program, fault, seed, *, factor, change=None):
     """The training loss after an arm that multiplies the rate by `factor` and changes the weights first."""
+    training = prepared(program, fault=fault, seed=seed)
+    end = training.steps
+    training.steps += GO_ON + COOL
     step = -1
     rates = []
 
     def intervene(optimizer, *_):
         nonlocal step, rates
         step += 1
-        if step < END:
+        if step < end:
             rates = [group["lr"] for group in optimizer.param_groups]
             return
-        if step == END and change:
+        if step == end and change:
             change(optimizer)
-        cooling = min(1.0, (END + GO_ON + COOL - step) / COOL)
+        cooling = min(1.0, (end + GO_ON + COOL - step) / COOL)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = factor * cooling * rate
 
     handle = register_optimizer_step_pre_hook(intervene)
-    printed, argv = io.StringIO(), sys.argv
-    sys.argv = ["program", "--fault", fault, "--seed", str(seed), "--steps", str(END + GO_ON + COOL)]
     try:
-        with contextlib.redirect_stdout(printed):
-            runpy.run_path(str(PROGRAMS[program]), run_name="__main__")
+        return train(training, tell=lambda line: None).loss
     finally:
-        sys.argv = argv
         handle.remove()
-    return float(printed.getvalue().split()[-1])
 
 
 def main():
@@ -83,7 +78,7 @@ def main():
     table = Table("program", "fault", "control", "cure", "wins", title="training loss, seed by seed, both arms cooled")
     rows = []
     for fault, (factor, change) in CURES.items():
-        for program in PROGRAMS:
+        for program in (p for p in FAULTS[fault].strengths if p != "gan"):  # whose two optimisers take turns
             control = [final_loss(program, fault, seed, factor=1.0) for seed in range(args.seeds)]
             cure = [final_loss(program, fault, seed, factor=factor, change=change) for seed in range(args.seeds)]
             wins = all(a < 0.9 * b for a, b in zip(cure, control, strict=True))
@@ -92,8 +87,7 @@ def main():
             rows.append({"program": program, "fault": fault, "control": control, "cure": cure, "wins": wins})
     Console().print(table)
     if args.output:
-        where = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
-        args.output.write_text(json.dumps({"environment": where, "rows": rows}, indent=1) + "\n")
+        args.output.write_text(json.dumps({"environment": kept.environment(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

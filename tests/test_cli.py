@@ -16,7 +16,6 @@ import unstuck.demo
 from unstuck.diagnosis import HYPOTHESES
 from unstuck.record import Run
 
-CLINIC = Path(__file__).parents[1] / "clinic" / "programs"
 LOOP = """
 import sys
 import torch
@@ -208,16 +207,16 @@ if __name__ == "__main__":
     assert len(run.memory().tapes) == 3
 
 
-@pytest.mark.parametrize("program", ["mlp", "cnn", "gru"])
+@pytest.mark.parametrize("program", ["mlp", "cnn", "gru", "gan"])
 def test_the_programs_of_the_clinic_print_what_they_print_unwatched(program):
     pytest.importorskip("sklearn.datasets")
-    args = [str(CLINIC / f"{program}.py"), "--steps", "60"]
+    args = [program, "--steps", "60"]
 
     def work():
-        sys.argv = args
-        runpy.run_path(args[0], run_name="__main__")
+        sys.argv = ["clinic.train", *args]
+        runpy.run_module("clinic.train", run_name="__main__")
 
-    plain, watched = fork(work), start("run", *args)
+    plain, watched = fork(work), start("run", "-m", "clinic.train", *args)
     assert [plain.wait(), watched.wait()] == [0, 0]
     assert watched.out.read_bytes() == plain.out.read_bytes()
     assert len(plain.stdout) > 20

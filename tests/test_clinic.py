@@ -1,23 +1,372 @@
-"""The clinic from outside: a few of its cells at every test run, all of them when time allows."""
+"""The clinic: what is put into its trainings is what it says, and a few of its cells from outside."""
 
+import itertools
+import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from clinic.__main__ import cases, examine
+import torch
+from clinic import fingerprints, kept
+from clinic.board import board
+from clinic.cells import Case, examine
+from clinic.data import Data
+from clinic.faults import FAULTS, STRENGTHS
+from clinic.harm import judge
+from clinic.healthy import OPTIMISERS, RATES, VARIANTS
+from clinic.programs import HELD_OUT, PROGRAMS
+from clinic.score import SMOKE, ill, well
+from clinic.train import prepared
+from clinic.training import train
+from rich.console import Console
+from torch import nn
 
-CELLS = [("mlp", "healthy"), ("mlp", "lr-bounces"), ("cnn", "graph-cut"), ("gru", "dead-units")]
+PLACES = [(code, program) for code, fault in FAULTS.items() for program in fault.strengths]
+EACH = [(code, program, strength) for code, program in PLACES for strength in STRENGTHS]
+CHOSEN = [  # each fault once, the programs and the strengths in turn
+    (fault.code, list(fault.strengths)[k % len(fault.strengths)], STRENGTHS[k % 3])
+    for k, fault in enumerate(FAULTS.values())
+]
+CELLS = [("mlp", ""), ("tabular", "parameters-not-optimised"), ("regression", "dead-units")]
 
 
-@pytest.mark.parametrize(("program", "run"), CELLS, ids=[f"{p} {r}" for p, r in CELLS])
-def test_the_cause_that_was_put_in_comes_first(program, run):
-    cell = examine(program, run, 0)
-    assert cell.right, cell
-    assert math.isfinite(cell.overhead)
+def run(steps=2, **choice):
+    training = prepared(**choice)
+    training.steps = min(training.steps, steps)
+    return training, train(training, tell=lambda line: None)
+
+
+# The corpus
+
+
+def test_the_catalogue_is_whole():
+    assert {fault.number for fault in FAULTS.values()} == set(range(1, 66))
+    assert len(PROGRAMS) >= 8
+    assert set(HELD_OUT) < set(PROGRAMS)
+
+
+@pytest.mark.parametrize("fault", list(FAULTS.values()), ids=list(FAULTS))
+def test_a_fault_applies_to_two_programs_or_says_why_not(fault):
+    assert len(fault.strengths) >= 2 or fault.why_alone
+    assert set(fault.strengths) <= set(PROGRAMS)
+    for mild, _, severe in fault.strengths.values():
+        assert mild != severe
+
+
+@pytest.mark.parametrize(("code", "program", "strength"), CHOSEN, ids=[code for code, _, _ in CHOSEN])
+def test_a_training_with_a_fault_runs(code, program, strength):
+    training, ending = run(program=program, fault=code, strength=strength)
+    assert ending.checks[-1].step == training.steps
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("program", "run", "seed"), cases((), (), 1))
-def test_the_whole_clinic(program, run, seed):
-    cell = examine(program, run, seed)
-    assert cell.right, cell
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("place", PLACES, ids=" ".join)
+def test_every_training_with_a_fault_runs(place):
+    code, program = place
+    for strength in STRENGTHS:
+        run(program=program, fault=code, strength=strength)
+
+
+def test_the_healthy_runs_are_three_hundred_with_all_look_alikes_and_eight_optimisers():
+    cases = well(2)
+    assert len({case.name for case in cases}) == len(cases)
+    assert len(cases) >= (300 if len(RATES["LBFGS"]) > 5 else 200)
+    assert {v.lookalike for v in VARIANTS.values()} == set(range(1, 16)) - {11}  # which is the GAN itself
+    assert sum(len(RATES[o]) >= 5 for o in OPTIMISERS) >= 8
+
+
+@pytest.mark.parametrize(("program", "target"), [("mlp", 0.95), ("tabular", 0.95), ("regression", 0.92)])
+def test_a_healthy_training_reaches_its_target(program, target):
+    _, ending = run(steps=1000, program=program)
+    assert ending.score >= target
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(
+    ("program", "target"),
+    [("cnn", 0.75), ("gru", 0.93), ("autoencoder", 0.7), ("gan", 0.8), ("lstm", 0.3), ("transformer", 0.3)],
+)
+def test_every_healthy_training_reaches_its_target(program, target):
+    _, ending = run(steps=10_000, program=program)
+    assert ending.score >= target
+
+
+# A fault changes what it says
+
+
+def outputs(training):
+    training.model.eval()
+    with torch.no_grad():
+        return training.model(training.held_out.x[:50])
+
+
+@pytest.mark.parametrize("program", FAULTS["softmax-before-cross-entropy"].strengths)
+def test_rows_behind_a_softmax_sum_to_one(program):
+    training = prepared(program, fault="softmax-before-cross-entropy")
+    torch.testing.assert_close(outputs(training).sum(-1), torch.ones(outputs(training).shape[:-1]))
+
+
+@pytest.mark.parametrize("code", ["zero-init", "dead-units", "inputs-empty", "saddle"])
+def test_outputs_no_longer_depend_on_the_inputs(code):
+    assert outputs(prepared("mlp")).var(0).max() > 1e-3
+    assert outputs(prepared("mlp", fault=code, strength="severe")).var(0).max() < 1e-12
+
+
+@pytest.mark.parametrize("code", ["lr-diverges", "lr-too-small"])
+def test_the_rate_is_changed_by_the_strength(code):
+    for strength, factor in zip(STRENGTHS, FAULTS[code].strengths["mlp"], strict=True):
+        assert prepared("mlp", fault=code, strength=strength).lr == pytest.approx(factor * prepared("mlp").lr)
+
+
+def test_a_parameter_that_no_optimiser_knows_does_not_move():
+    training = prepared("mlp", fault="parameters-not-optimised", strength="mild")
+    training.steps = 2
+    train(training, tell=lambda line: None)
+    held = {id(p) for group in training.optimizer.param_groups for p in group["params"]}
+    assert [name for name, p in training.model.named_parameters() if id(p) not in held] == ["head.weight", "head.bias"]
+
+
+def test_no_gradient_comes_through_a_cut():
+    training, _ = run(program="mlp", fault="graph-cut")
+    assert [name for name, p in training.model.named_parameters() if p.grad is None] == ["body.0.weight", "body.0.bias"]
+
+
+def test_weights_that_are_reset_end_each_epoch_where_one_epoch_leads():
+    training = prepared("mlp", fault="weights-reset", strength="severe")
+    start = training.model.head.weight.detach().clone()
+    training.begin_epoch(training)
+    assert torch.equal(training.model.head.weight, start)
+    with torch.no_grad():
+        training.model.head.weight.add_(1)
+    training.begin_epoch(training)
+    assert torch.equal(training.model.head.weight, start)
+
+
+def test_a_row_that_is_not_finite_is_one_row():
+    for strength, count in zip(STRENGTHS, FAULTS["non-finite-data"].strengths["mlp"], strict=True):
+        x = prepared("mlp", fault="non-finite-data", strength=strength).train.x
+        assert int((~x.isfinite()).any(1).sum()) == count
+
+
+def test_held_out_classes_alone_are_numbered_otherwise():
+    right, wrong = prepared("mlp"), prepared("mlp", fault="label-map-wrong")
+    assert torch.equal(wrong.train.y, right.train.y)
+    assert torch.equal(wrong.held_out.y, (right.held_out.y + 1) % 10)
+
+
+@pytest.mark.parametrize(("strength", "share"), [("mild", 0.8), ("clear", 0.95), ("severe", 1.0)])
+def test_shuffled_labels_keep_their_counts(strength, share):
+    right, wrong = prepared("mlp"), prepared("mlp", fault="labels-shuffled", strength=strength)
+    assert torch.equal(wrong.train.y.bincount(), right.train.y.bincount())
+    kept_by_chance = 1 - share + share * 0.1
+    assert (wrong.train.y == right.train.y).float().mean().item() == pytest.approx(kept_by_chance, abs=0.04)
+
+
+def test_a_buffer_of_one_row_shuffles_nothing_and_every_row_comes_once():
+    training = prepared("mlp", fault="not-shuffled", strength="severe")
+    seen = torch.cat([batch.y for batch in training.batches(training)])
+    assert torch.equal(seen, seen.sort().values)
+    mixed = prepared("mlp", fault="not-shuffled", strength="mild")
+    seen = torch.cat([batch.x for batch in mixed.batches(mixed)])
+    assert torch.equal(seen.sum(0), mixed.train.x.sum(0)) or torch.allclose(
+        seen.sum(0), mixed.train.x.sum(0), atol=1e-3
+    )
+    assert len(seen) == len(mixed.train)
+
+
+def test_the_same_few_batches_come_again():
+    training = prepared("mlp", fault="same-batch", strength="severe")
+    first, second = itertools.islice(training.batches(training), 2)
+    assert torch.equal(first.x, second.x)
+
+
+def test_a_half_gradient_of_a_small_loss_is_mostly_zero():
+    training, _ = run(program="mlp", fault="fp16-underflow", strength="severe")
+    full, _ = run(program="mlp")
+    zeros = [(t.model.body[0].weight.grad == 0).float().mean().item() for t in (training, full)]
+    assert zeros[0] > zeros[1] + 0.3
+
+
+def test_an_update_below_the_precision_leaves_most_weights_as_they_are():
+    training = prepared("mlp", fault="update-below-precision", strength="severe")
+    before = training.model.body[0].weight.detach().clone()
+    training.steps = 1
+    train(training, tell=lambda line: None)
+    same = training.model.body[0].weight == before
+    assert same.float().mean() > 0.5
+    assert training.model.body[0].weight.grad.abs().sum() > 0
+
+
+def test_a_kick_leaves_a_layer_dead_that_the_same_steps_without_it_do_not():
+    def worst(strength):
+        training, _ = run(steps=60, program="mlp", fault="killed", strength=strength)
+        x, shares = training.train.x, []
+        with torch.no_grad():
+            for stage in training.model.body:
+                x = stage(x)
+                shares += [(x == 0).all(0).float().mean().item()] if isinstance(stage, nn.ReLU) else []
+        return max(shares)
+
+    assert worst("clear") >= 0.9
+    assert worst("harmless") < 0.5
+
+
+def test_a_leak_is_told_by_the_rows_that_no_training_saw():
+    training = prepared("mlp", fault="leakage")
+    known = {tuple(row.tolist()) for row in training.train.x}
+    shared = [tuple(row.tolist()) in known for row in training.held_out.x]
+    assert sum(shared) / len(shared) == pytest.approx(0.5, abs=0.1)
+
+
+# The harm rule
+
+
+def ending(score=0.9, loss=0.1, honest=None, first=100):
+    checks = [(50, 0.0), (first, score)]
+    return {"score": score, "loss": loss, "honest": score if honest is None else honest, "checks": checks}
+
+
+@pytest.mark.parametrize(
+    ("end", "harm"),
+    [
+        (ending(), ""),
+        (ending(score=0.885), ""),
+        (ending(score=0.879), "score steps"),
+        (ending(loss=0.22), ""),
+        (ending(loss=0.24), "loss"),
+        (ending(first=199), ""),
+        (ending(first=200), "steps"),
+        (ending(honest=0.87), "dishonest"),
+        ({"error": "shapes"}, "raises"),
+    ],
+)
+def test_harm_is_two_points_or_twice_the_loss_or_twice_the_steps(end, harm):
+    assert judge([end] * 3, [ending()] * 3)["harm"] == harm
+
+
+def test_harm_is_judged_by_the_median():
+    rows = [ending(score=0.1), ending(), ending()]
+    assert judge(rows, [ending()] * 3)["harm"] == ""
+    assert judge([rows[0], rows[0], ending()], [ending()] * 3)["harm"].startswith("score")
+
+
+# What is kept
+
+
+def test_a_cell_that_is_kept_is_not_run_again_unless_its_sources_have_changed(tmp_path):
+    ran = []
+
+    def work(case):
+        ran.append(case.name)
+        return {"name": case.name}
+
+    def measure(prints):
+        with ThreadPoolExecutor(1) as executor:
+            return kept.measure(
+                [(Case("mlp", seed=k), prints) for k in (0, 1)],
+                work,
+                tmp_path / "cells.jsonl",
+                executor=executor,
+                console=Console(quiet=True),
+            )
+
+    assert [row["name"] for row in measure("a")] == ["mlp 0", "mlp 1"]
+    with (tmp_path / "cells.jsonl").open("a") as file:
+        file.write('{"key": "torn')
+    measure("a")
+    assert ran == ["mlp 0", "mlp 1"]
+    measure("b")
+    assert ran == ["mlp 0", "mlp 1"] * 2
+
+
+def test_a_fingerprint_tells_strengths_apart_but_not_seeds():
+    def of(strength, seed):
+        return fingerprints.of_case(Case("mlp", fault="lr-too-small", strength=strength, seed=seed))
+
+    assert of("mild", 0) == of("mild", 1) != of("clear", 0)
+
+
+def test_a_fingerprint_sees_what_the_change_of_a_fault_calls():
+    found = "".join(fingerprints.sources(FAULTS["overfitting"].change))
+    assert "def few_rows_and_many_units" in found
+    assert "def noisy_labels" in found
+    assert "class CutBeforeHead" in fingerprints.sources(FAULTS["graph-cut"].value("mlp", "clear"))[0]
+    assert fingerprints.sources(0.5) == ["0.5"]
+
+
+# The scoreboard
+
+
+def row(program, fault, *findings, strength="clear", trouble=""):
+    case = {
+        "program": program,
+        "fault": fault,
+        "strength": strength if fault else "",
+        "variant": "",
+        "optimiser": "",
+        "seed": 0,
+    }
+    found = [{"code": code, "word": word, "cure": ""} for code, word in findings]
+    numbers = {"steps": 100, "seconds": 1.0, "verdict_seconds": 0.5, "overhead": 0.1}
+    known = fault == "saddle"
+    return {
+        "key": f"{program} {fault} x",
+        "case": case,
+        "findings": found,
+        "trouble": trouble,
+        "known": known,
+        **numbers,
+    }
+
+
+def test_the_board_counts_what_a_reader_would():
+    found = board(
+        [
+            row("mlp", "saddle", ("saddle", "PROVED")),
+            row("mlp", "saddle", ("zero-init", "SHOWN"), ("saddle", "SUSPECT")),
+            row("lstm", "saddle", ("graph-cut", "SHOWN")),
+            row("lstm", "lr-bounces"),
+            row("mlp", ""),
+            row("lstm", "", ("saddle", "SUSPECT")),
+            row("mlp", "", ("unknown", "CANNOT TELL")),
+        ]
+    )
+    assert found["faulty"] == {"runs": 4, "first": 1, "among three": 2, "family": 2}
+    assert found["of causes that it knows"]["runs"] == 3
+    assert found["healthy"] == {"runs": 3, "alarmed": 1, "sure": 0}
+    assert found["parts"]["held out"]["runs"] == 2
+    assert found["parts"]["held out"]["alarmed"] == 1
+    assert found["words"]["SHOWN"] == {"said": 2, "right": 0, "right family": 1}
+    assert found["words"]["SUSPECT"] == {"said": 1, "right": 0, "right family": 0}
+    assert found["confusion"]["saddle"] == {"saddle": 1, "zero-init": 1, "graph-cut": 1}
+    assert found["cost"]["steps, median"] == 50
+    assert len(found["failures"]) == 1
+
+
+def test_equivalent_mutants_are_counted_by_themselves():
+    rows = [row("mlp", "saddle", ("saddle", "PROVED")), row("lstm", "saddle"), row("mlp", "")]
+    found = board(rows, {"saddle clear lstm"})
+    assert found["faulty"] == {"runs": 1, "first": 1, "among three": 1, "family": 1}
+    assert found["equivalent mutants"] == {"runs": 1, "first": 0, "among three": 0, "family": 0}
+    assert found["healthy"]["runs"] == 1
+
+
+# Cells from outside
+
+
+@pytest.mark.parametrize(("program", "fault"), CELLS, ids=[f"{p} {f}" for p, f in CELLS])
+def test_the_cause_that_was_put_in_comes_first(program, fault):
+    cell = examine(Case(program, fault=fault, strength="clear" if fault else ""))
+    assert cell["trouble"] == ""
+    assert [f["code"] for f in cell["findings"]][:1] == ([fault] if fault else [])
+    assert math.isfinite(cell["overhead"])
+    assert json.loads(json.dumps(cell)) == cell
+
+
+def test_what_is_smoked_is_part_of_the_whole():
+    assert {case.name for case in SMOKE} <= {case.name for case in (*ill((), STRENGTHS, 1), *well(1))}
+    assert isinstance(prepared("mlp").train, Data)
+    assert isinstance(prepared("mlp").model, nn.Module)

@@ -3,7 +3,6 @@
 import os
 import pty
 import re
-import runpy
 import signal
 import struct
 import subprocess
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from clinic.train import prepared
+from clinic.training import train
 from tests.processes import command, fork, one_sentence, start, strictly, write
 from torch.nn import functional as F
 
@@ -20,7 +21,6 @@ from unstuck import record
 from unstuck.record import Run
 
 fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
-MLP = Path(__file__).parents[1] / "clinic" / "programs" / "mlp.py"
 LOOP = """
 import sys, time
 import torch
@@ -283,17 +283,16 @@ def test_a_run_is_found_by_its_folder_by_its_name_and_as_the_latest():
 # A run examined without its script
 
 
-def test_a_run_is_examined_without_its_script_as_the_scripts_own_objective_would_be(monkeypatch, capsys):
+def test_a_run_is_examined_without_its_script_as_the_scripts_own_objective_would_be():
     pytest.importorskip("sklearn.datasets")
     steps = 56  # two epochs of 28 batches of 50: together the training set, twice
-    watched = fork(
-        lambda: record.run_script(MLP, ["--steps", str(steps)], folder=Path("here"), budget=1e9)
-    )  # all steps
+    arguments = ["mlp", "--steps", str(steps)]
+    watched = fork(lambda: record.run_module("clinic.train", arguments, folder=Path("here"), budget=1e9))  # all steps
     assert watched.wait() == 0
-    monkeypatch.setattr(sys, "argv", [str(MLP), "--steps", str(steps)])
-    script = runpy.run_path(str(MLP))
-    capsys.readouterr()
-    model, x, y = script["model"], script["x_train"], script["y_train"]
+    training = prepared("mlp")
+    training.steps = steps
+    train(training, tell=lambda line: None)
+    model, x, y = training.model, training.train.x, training.train.y
     own = unstuck.Objective(model, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), [(x, y)])
 
     recorded = Run("here").objective()

@@ -18,22 +18,32 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.table import Table
 
-from clinic import FAULTS
-from clinic.__main__ import Cell, table
-from clinic.heldout import ENDS_AS, FAULTY, PROGRAMS
+from clinic.board import ENDS_AS
+from clinic.heldout import FAULTS, FAULTY, PROGRAMS
 from unstuck.record import Run
 
 EMPTY = {"findings": [], "seconds": 0, "overhead": {"share": 0}, "not_checked": []}
 
 
 @dataclass(frozen=True)
-class Watched(Cell):
-    """A cell, and what became of the run itself under watch."""
+class Watched:
+    """One watched run, what was said of it, and what became of the run itself."""
 
-    others: tuple[str, ...] = ()  # further findings
-    trouble: str = ""  # what the watcher could not do, or did to the script
-    unchecked: int = 0  # causes that could not be judged: silence is worth less there
+    program: str
+    run: str  # a fault or "healthy"
+    seed: int
+    expected: str  # the code that must come first; "" for silence
+    found: str
+    word: str
+    remedy: str
+    effect: str
+    seconds: float
+    overhead: float
+    others: tuple[str, ...]  # further findings
+    trouble: str  # what the watcher could not do, or did to the script
+    unchecked: int  # causes that could not be judged: silence is worth less there
 
     @property
     def right(self) -> bool:
@@ -59,7 +69,7 @@ def examine(program: str, run: str, seed: int) -> Watched:
         program=program,
         run=run,
         seed=seed,
-        expected=ENDS_AS.get((program, run), run) if run in FAULTS else "",
+        expected=ENDS_AS.get((f"heldout/{program}", run), run) if run in FAULTS else "",
         found=first["code"],
         word=first["word"],
         remedy=best["remedy"],
@@ -79,6 +89,14 @@ def _trouble(plain: subprocess.CompletedProcess, watched: subprocess.CompletedPr
     if plain.returncode != watched.returncode:
         found.append(f"exit status {watched.returncode} instead of {plain.returncode}: {watched.stderr[-300:]}")
     return "; ".join(found)
+
+
+def table(cells: list[Watched]) -> Table:
+    shown = Table("program", "run", "seed", "first finding", "word", "accepted remedy", "ln effect", "")
+    for c in cells:
+        mark = "ok" if c.right else "WRONG"
+        shown.add_row(c.program, c.run, str(c.seed), c.found or "—", c.word, c.remedy, c.effect, mark)
+    return shown
 
 
 def main() -> None:
