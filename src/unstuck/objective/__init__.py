@@ -3,10 +3,11 @@
 from unstuck.objective._calls import caller
 from unstuck.objective._chunks import Chunk, Linear, Plan
 from unstuck.objective._custom import both_sides, check_custom, check_linear
-from unstuck.objective._graph import Vault
+from unstuck.objective._graph import Vault, memory_of
 from unstuck.objective._model import examples, unwrapped
 from unstuck.objective._objective import Objective
-from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, tensors
+from unstuck.objective._places import Names
+from unstuck.objective._program import Constant, Instruction, Number, Place, Program, Slot, Tape, TapeError, tensors
 from unstuck.objective._recorder import Recorder
 from unstuck.objective._tapefile import pack, unpack
 from unstuck.objective._term import Origin, Term, along, gradient_of, nodes_behind, origins, second_derivatives
@@ -16,8 +17,11 @@ __all__ = [
     "Constant",
     "Instruction",
     "Linear",
+    "Names",
+    "Number",
     "Objective",
     "Origin",
+    "Place",
     "Plan",
     "Program",
     "Recorder",
@@ -33,6 +37,7 @@ __all__ = [
     "check_linear",
     "examples",
     "gradient_of",
+    "memory_of",
     "nodes_behind",
     "origins",
     "pack",

@@ -12,7 +12,7 @@ import torch
 from torch import _VF
 from torch.overrides import get_overridable_functions, resolve_name
 
-from unstuck.objective._program import Constant, Instruction, Program, Slice, Slot, Tape, TapeError
+from unstuck.objective._program import Constant, Instruction, Number, Place, Program, Slice, Slot, Tape, TapeError
 
 _MARK = "#"  # opens an encoded value that JSON-like types cannot carry
 _UNDERSCORED = (  # internal functions that torch.nn and torch.distributions call in sight
@@ -38,6 +38,7 @@ def pack(tapes: Sequence[Tape]) -> dict[str, Any]:
             "states": list(t.states),
             "loss": t.loss,
             "step": t.step,
+            "numbers": list(t.numbers),
         }
         for t in tapes
     ]
@@ -55,6 +56,7 @@ def unpack(data: Mapping[str, Any]) -> list[Tape]:
             states=tuple(t["states"]),
             loss=t["loss"],
             step=t["step"],
+            numbers=tuple(t.get("numbers", ())),  # which the first versions did not have
         )
         for t in data["tapes"]
     ]
@@ -68,6 +70,7 @@ def _pack_program(program: Program) -> dict[str, Any]:
         "roots": list(program.roots),
         "overwritten": sorted(program.overwritten),
         "released": [list(r) for r in program.released],
+        "places": [list(place) for place in program.places],
     }
 
 
@@ -79,6 +82,7 @@ def _unpack_program(data: Mapping[str, Any]) -> Program:
         roots=tuple(data["roots"]),
         overwritten=frozenset(data["overwritten"]),
         released=tuple(tuple(r) for r in data["released"]),
+        places=[Place(*place) for place in data.get("places", ())],
     )
 
 
@@ -131,7 +135,7 @@ def _encode(x: Any) -> Any:
         return x
     if type(x) is list:
         return [_encode(y) for y in x]
-    for kind, tag in ((Slot, "slot"), (Constant, "constant"), (Slice, "slice"), (tuple, "tuple")):
+    for kind, tag in ((Slot, "slot"), (Constant, "constant"), (Number, "number"), (Slice, "slice"), (tuple, "tuple")):
         if isinstance(x, kind):
             return [_MARK, tag, *(_encode(y) for y in x)]
     if isinstance(x, range):
@@ -166,6 +170,7 @@ def _of_torch(name: str) -> Any:
 _KINDS: dict[str, Callable[..., Any]] = {
     "slot": Slot,
     "constant": Constant,
+    "number": Number,
     "slice": Slice,
     "range": range,
     "tuple": lambda *items: items,

@@ -4,7 +4,6 @@ import contextlib
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -12,25 +11,28 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from unstuck.objective import Program, Recorder, Tape, TapeError, Vault
+from unstuck.objective import Names, Program, Recorder, Tape, TapeError, Vault
 from unstuck.record._modes import insert, remove
 
 KEPT = 120  # tapes: enough for a trial of 60 steps, 30 to cool down and 30 held out
 BYTES = 512 << 20
 LOSS_TOLERANCE = 1e-6  # relative: the attention kernel of the replay may differ
 GRADIENT_TOLERANCE = 1e-4  # relative to the norm
+PLACED = 4  # recordings at the start, and after each new program, that tell where in the script a call is
 REASONS = 16  # different refusals that are told apart
 
 
 class Deck:
     """The tapes of a run over `leaves`. `refusals` says why steps could not be recorded, and how often."""
 
-    def __init__(self, leaves: list[Tensor]) -> None:
+    def __init__(self, leaves: list[Tensor], names: Names | None = None) -> None:
         self.tapes: deque[Tape] = deque(maxlen=KEPT)
         self.refusals: dict[str, int] = {}
         self.seconds = 0.0
         self.rescaled = 1.0  # of the gradient between backward and step, as last seen: clipping shows here
         self._leaves = leaves
+        self._names = names  # of modules
+        self._placed = PLACED
         self._recorder: Recorder | None = None
         self._lifted = False  # whether the recorder is aside
         self._stranded: Recorder | None = None  # one that could not be taken off the stack of modes
@@ -46,14 +48,17 @@ class Deck:
         if anything_compiled():
             self.refuse("part of the script is compiled (torch.compile): its calls cannot be seen")
             return
-        self._recorder = Recorder(self._leaves)
+        self._placed -= 1
+        self._recorder = Recorder(self._leaves, names=self._names if self._placed >= 0 else None)
         insert(self._recorder)
+        self._recorder.modules.follow()
 
     def silence(self) -> Recorder | None:
         """Stops to record; the recorder that was on."""
         recorder, self._recorder = self._recorder, None
         if recorder is None:
             return None
+        recorder.modules.leave()
         self.seconds += recorder.seconds + recorder.calls * self._dispatch
         if self._lifted or remove(recorder):
             return recorder
@@ -66,6 +71,7 @@ class Deck:
         """Stops to record for good."""
         for recorder in (self._recorder, self._stranded):
             if recorder is not None:
+                recorder.modules.leave()
                 remove(recorder)
         self._recorder = None
 
@@ -90,17 +96,13 @@ class Deck:
 
     def compiled(self, recorder: Recorder, step: int) -> Tape | None:
         """The tape of the step, or None where it is refused."""
-        known = self._programs[-1] if self._programs else None
         try:
-            tape = recorder.finish(self._vault, step=step, like=known)
+            return recorder.finish(self._vault, step=step, like=self._programs)
         except TapeError as error:
             self.refuse(str(error))
+            if error.doubted is not None:
+                self.tapes = deque((t for t in self.tapes if t.program is not error.doubted), maxlen=KEPT)
             return None
-        if tape.program is not known:
-            same = next((p for p in self._programs if p == tape.program), None)
-            if same is not None:
-                tape = replace(tape, program=same)
-        return tape
 
     def check(self, tape: Tape, parameters: Sequence[Tensor]) -> bool:
         """Whether the replay gives the loss and the gradient that the step really had; also whether it was due."""
@@ -127,6 +129,7 @@ class Deck:
             return False
         if new:
             self._programs.append(tape.program)
+            self._placed = PLACED
         return True
 
     @property
