@@ -4,8 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from unstuck.diagnosis._blown import non_finite
 from unstuck.diagnosis._case import Case, Measure
-from unstuck.diagnosis._exact import EXACT, exact_findings, non_finite
+from unstuck.diagnosis._exact import EXACT, exact_findings
 from unstuck.diagnosis._findings import (
     CANNOT_TELL,
     PROVED,

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from unstuck.objective import Recorder, Tape, TapeError, caller, pack
 from unstuck.record._deck import KEPT, Deck, anything_compiled
-from unstuck.record._facts import StaleGradients, cut_off, first_nonfinite, nonfinite_batch, orphans
+from unstuck.record._facts import StaleGradients, cut_off, orphans
 from unstuck.record._governor import Alarm, Clock
 from unstuck.record._hooks import Hooks
 from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
-from unstuck.record._models import Called, models_alive, parameter_names
+from unstuck.record._models import Called, models_alive, module_names, parameter_names
 from unstuck.record._moments import Tick, Ticks
+from unstuck.record._nonfinite import first_nonfinite, first_nonfinite_gradient, met_again
 from unstuck.record._pulses import Pulses
 from unstuck.record._ranks import own_rank, ranked
 from unstuck.record._run import TAPES, Run
@@ -59,7 +60,7 @@ class Watch:
         self._hooks = Hooks(self)
         self._leaves: list[Tensor] = []
         self._names: list[str] = []  # of the leaves: kept, since a model may be gone before its run is written
-        self._deck = Deck(self._leaves)
+        self._deck = Deck(self._leaves, lambda modules: module_names(modules, self._leaves, self._models))
         self._optimizers: list[torch.optim.Optimizer] = []
         self._sizes: list[int] = []  # how many parameters each of them has
         self._pulses: list[Pulses] = []  # of each optimiser
@@ -278,15 +279,15 @@ class Watch:
             tape = None
         if tape is not None:
             self._deck.keep(tape)
-            # statistics that the blow-up has spoilt are inputs of a step, too
-            batch = nonfinite_batch(tape, self._spoilt()) if self._unexplained else None
-            if batch is not None:  # the step at which it did the harm was not recorded, but it has come again
+            again = met_again(tape, self._models, self._kept(), self._leaves) if self._unexplained else None
+            if again is not None:  # the step at which it did the harm was not recorded, but it has come again
                 self._unexplained = False
-                self._fact("non-finite-batch", **batch)
+                self._fact(again[0], **again[1])
         cut = cut_off(recorder, optimizer)
         if cut:
             function, line = recorder.cuts[0]
-            self._counted("graph-cut", of=self.heard, names=[self._name(p) for p in cut], function=function, line=line)
+            told = {"function": function, "line": line, "module": recorder.cut_in}
+            self._counted("graph-cut", of=self.heard, names=[self._name(p) for p in cut], **told)
         lost = orphans(recorder, self._optimizers)
         if lost:
             self._counted("orphan-gradient", of=self.heard, names=[self._name(p) for p in lost])
@@ -301,14 +302,11 @@ class Watch:
             tape = next((t for t in self._deck.tapes if t.step == step), None)
             self._blew_up(step, loss, tape)
 
-    def _spoilt(self) -> set[torch.Size]:
-        """The shapes of the models' buffers that are not finite."""
-        buffers = (b for m in self._models for b in m.buffers() if b.is_floating_point())
-        return {b.shape for b in buffers if not bool(b.isfinite().all())}
-
     def _blew_up(self, step: int, loss: float, tape: Tape | None) -> None:
-        where = first_nonfinite(tape, self._leaves, self._name)
-        self._unexplained = where["origin"] in ("unknown", "parameter")
+        with self._deck.aside():
+            memory = {"tapes": self._deck.tapes, "states": self._kept()}
+            where = first_nonfinite(tape, self._leaves, self._name, step=step, **memory)
+        self._unexplained = where["origin"] in ("unknown", "parameter") and "cause" not in where
         self._wanted = KEPT  # at once: the batch that did it may come again soon
         self._counted("non-finite", of=step, step=step, loss=loss, **where)
 
@@ -370,8 +368,14 @@ class Watch:
             return
         self._record["loss"] = loss = sum([float(loss) for loss in self._losses])
         self._finite = math.isfinite(loss)
-        if not self._finite and "non-finite" not in self._counts:  # now, while the weights are still those of the loss
+        if "non-finite" in self._counts:
+            return
+        if not self._finite:  # now, while the weights are still those of the loss
             self._blew_up(self.steps + 1, loss, tape)
+        elif isinstance(norm := self._record.get("grad_norm"), float) and not math.isfinite(norm):
+            slope = first_nonfinite_gradient(tape, self._leaves, self._name)
+            if slope is not None:
+                self._counted("non-finite", of=self.steps + 1, loss=loss, **slope)
 
     def _forget_losses(self) -> None:
         self._losses.clear()
@@ -416,6 +420,9 @@ class Watch:
 
     def _only(self) -> torch.optim.Optimizer | None:
         return self._optimizers[0] if len(self._optimizers) == 1 else None
+
+    def _kept(self) -> list[State]:
+        return [*self._first, *self._recent]
 
     def _bytes(self) -> int:
         return sum([p.nbytes for p in self._leaves])
