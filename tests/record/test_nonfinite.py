@@ -332,38 +332,3 @@ def test_a_call_that_fails_on_a_batch_is_told_when_the_batch_comes_again(tmp_pat
         "Step 65 shows it at the weights of step 0 as well: the first number that is not finite is in the output of"
         " layers.0.attn (softmax, " in finding.claim
     )
-
-
-def test_modules_are_followed_in_the_first_recordings_of_a_program_only(tmp_path):
-    f, x = layer()
-    seen = []
-    f.register_forward_hook(lambda *_: seen.append(len(torch.nn.modules.module._global_forward_hooks)))
-    watched(tmp_path, f, lambda k: f(x).sin().sum() if k < 8 else f(x).cos().sum(), steps=20, **ALWAYS)
-    assert [k for k, hooks in enumerate(seen, 1) if hooks] == [1, 2, 3, 4, 5, 9, 10, 11, 12]
-
-
-def test_no_hook_is_left_when_the_script_compiles_a_module(tmp_path):
-    f, x = layer()
-    optimizer = torch.optim.SGD(f.parameters(), lr=0.1)
-    try:
-        with unstuck.watch(f, optimizer, folder=tmp_path / "run", budget=100.0):
-            f(x).sum().backward()
-            compiled = torch.compile(f, backend="eager")  # which warns of global hooks
-            assert not torch.nn.modules.module._global_forward_hooks
-            assert torch.equal(compiled(x), f(x))
-            optimizer.step()
-    finally:
-        torch._dynamo.reset()
-
-
-def test_a_weight_that_is_annealed_costs_no_tape(tmp_path):
-    f, x = layer()
-    optimizer = torch.optim.SGD(f.parameters(), lr=0.01)
-    with unstuck.watch(f, optimizer, folder=tmp_path / "run", budget=100.0) as run:
-        for k in range(40):
-            optimizer.zero_grad()
-            (f(x).square().mean() + k / 41 * f(x).abs().mean()).backward()
-            optimizer.step()
-    tapes = run.memory().tapes
-    assert [t.step for t in tapes] == list(range(1, 41))
-    assert len({id(t.program) for t in tapes}) == 2
