@@ -78,7 +78,7 @@ class Loop:
         self.calls = 0
         self._leaves = list(self.model.parameters())
         self._vault = Vault()
-        self._program: Program | None = None
+        self._programs: list[Program] = []
 
     def forward(self, k: int) -> Tensor:
         x, y = self.data[k % 8], self.targets[k % 8]
@@ -99,8 +99,8 @@ class Loop:
             recorder.root([loss])
             loss.backward()
             self.seen += loss.item()
-        self.tape = recorder.finish(self._vault, step=k, like=self._program)
-        self._program = self.tape.program
+        self.tape = recorder.finish(self._vault, step=k, like=self._programs)
+        self._programs = [self.tape.program]
         self.calls = recorder.calls
         self.optimizer.step()
 

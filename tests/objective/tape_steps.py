@@ -38,7 +38,7 @@ def run(step, recorder=None):
 
 def record(make, *, vault=None):
     leaves, step = build(make)
-    recorder = Recorder(leaves)
+    recorder = Recorder(leaves, names=lambda modules: [""] * len(modules))
     losses = run(step, recorder)
     return recorder.finish(vault or Vault()), leaves, losses
 

@@ -341,7 +341,7 @@ def test_a_data_set_that_every_step_uses_is_copied_once():
         recorder = Recorder(list(layer.parameters()))
         with recorder:
             recorder.root([layer(x).sum()])
-        tapes.append(recorder.finish(vault, like=tapes[0].program if tapes else None))
+        tapes.append(recorder.finish(vault, like=[t.program for t in tapes[:1]]))
     assert tapes[0].constants[0] is tapes[1].constants[0]
     assert tapes[0].program is tapes[1].program
     x.add_(1)

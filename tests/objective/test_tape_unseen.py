@@ -141,7 +141,7 @@ def test_a_number_that_moves_with_what_was_read_back_is_refused_beside_the_step_
             second.backward()
         if programs:
             with pytest.raises(TapeError, match="read back"):
-                recorder.finish(Vault(), like=programs[0])
+                recorder.finish(Vault(), like=programs)
         else:
             programs.append(recorder.finish(Vault()).program)
 
@@ -154,7 +154,7 @@ def test_programs_whose_numbers_only_seem_equal_are_not_shared(pair):
         recorder = Recorder(list(layer.parameters()))
         with recorder:
             recorder.root([torch.mul(layer(x), number).sum()])
-        tapes.append(recorder.finish(Vault(), like=tapes[0].program if tapes else None))
+        tapes.append(recorder.finish(Vault(), like=[t.program for t in tapes[:1]]))
     assert tapes[0].program != tapes[1].program
 
 
@@ -168,7 +168,7 @@ def test_a_step_that_is_known_already_shares_the_program_and_keeps_its_own_batch
         state = torch.get_rng_state()
         recorder = Recorder(leaves)
         losses = run(step, recorder)
-        tapes.append(recorder.finish(Vault(), like=tapes[0].program if tapes else None))
+        tapes.append(recorder.finish(Vault(), like=[t.program for t in tapes[:1]]))
         torch.set_rng_state(state)
     assert tapes[1].program is tapes[0].program
     assert tapes[1].loss == float(sum(losses))

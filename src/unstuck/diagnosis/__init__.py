@@ -1,8 +1,8 @@
 """Says why a run is stuck: findings with evidence, rivals ruled out, remedies tried beside a control."""
 
+from unstuck.diagnosis._blown import non_finite
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._diagnose import diagnose
-from unstuck.diagnosis._exact import non_finite
 from unstuck.diagnosis._findings import (
     CANNOT_TELL,
     PROVED,

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from unstuck.diagnosis._blown import non_finite
 from unstuck.diagnosis._case import Case, Measure
-from unstuck.diagnosis._exact import EXACT, exact_findings, non_finite
+from unstuck.diagnosis._exact import EXACT, exact_findings
 from unstuck.diagnosis._findings import (
     CANNOT_TELL,
     PROVED,

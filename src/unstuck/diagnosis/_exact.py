@@ -1,11 +1,10 @@
 """Causes that PyTorch's contract gives away: no threshold, no experiment, no reference run."""
 
-from collections.abc import Mapping
 from typing import Any
 
+from unstuck.diagnosis._blown import fact_of, on_rank
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
-from unstuck.record import Run
 
 OFTEN = 0.9  # the share of the steps at which a fact must hold before it is the run's habit
 LEAST_STEPS = 3
@@ -21,7 +20,7 @@ EXACT = ("non-finite-data", "zero-grad-missing", "parameters-not-optimised", "gr
 
 
 def non_finite_data(case: Case) -> Finding | None:
-    blown, later = _fact(case.run, "non-finite"), _fact(case.run, "non-finite-batch")
+    blown, later = fact_of(case.run, "non-finite"), fact_of(case.run, "non-finite-batch")
     if blown is None or (blown.get("origin") != "batch" and later is None):
         return None
     fact = blown if later is None else later
@@ -39,23 +38,6 @@ def non_finite_data(case: Case) -> Finding | None:
         "Find these rows in the data and drop or impute them; check the data once with torch.isfinite before training.",
         (Evidence.exact("rows that are not finite", len(rows), "rows of the batch with NaN or infinity"),),
     )
-
-
-def non_finite(run: Run) -> Finding | None:
-    """That the loss stopped being finite, and the first number that is not: what happened, and not why."""
-    fact = _fact(run, "non-finite")
-    if fact is None:
-        return None
-    where = fact["where"]
-    origin = {
-        "parameter": f"the weights of {where}",
-        "forward": f"the forward pass, {where}()",
-        "batch": f"the batch, {where}",
-        "unknown": "a place that was not recorded",
-    }.get(fact["origin"], f"the {fact['origin']} of {where}")
-    what = f"The loss{on_rank(fact)} is {fact['loss']} since step {fact['step']}"
-    claim = f"{what}, and the first number that is not finite is in {origin}."
-    return Finding("non-finite", SHOWN, fact["step"], where, claim, "See which cause explains it.")
 
 
 def zero_grad_missing(case: Case) -> Finding | None:
@@ -99,13 +81,16 @@ def graph_cut(case: Case) -> Finding | None:
     if fact is None:
         return None
     names = fact["names"]
+    notes = (e for e in case.run.facts if e["code"] == "graph-cut" and e["line"] == fact["line"])
+    module = next((e["module"] for e in notes if e.get("module")), "")  # not every note has it
+    inside = f" in {module}" if module else ""
     return Finding(
         "graph-cut",
         SHOWN,
         1,
         fact["line"],
         f"No gradient reaches {_some(names)}: the forward pass uses them, and the optimiser should move them, but "
-        f"{fact['function']}() takes a value out of the graph on the way to the loss.",
+        f"{fact['function']}(){inside} takes a value out of the graph on the way to the loss.",
         f"Remove the {fact['function']}() there, or freeze these parameters on purpose with requires_grad_(False).",
         (
             Evidence.exact(
@@ -113,15 +98,6 @@ def graph_cut(case: Case) -> Finding | None:
             ),
         ),
     )
-
-
-def on_rank(fact: Mapping[str, Any]) -> str:
-    """Where several ranks trained together and another one than the first told the fact."""
-    return f" on rank {fact['rank']}" if "rank" in fact else ""
-
-
-def _fact(run: Run, code: str) -> dict[str, Any] | None:
-    return next((e for e in run.facts if e["code"] == code), None)
 
 
 def _habit(case: Case, code: str) -> tuple[dict[str, Any] | None, int]:

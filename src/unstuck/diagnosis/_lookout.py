@@ -4,9 +4,10 @@ import math
 import time
 from dataclasses import replace
 
+from unstuck.diagnosis._blown import non_finite
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._diagnose import diagnose
-from unstuck.diagnosis._exact import exact_findings, non_finite
+from unstuck.diagnosis._exact import exact_findings
 from unstuck.diagnosis._findings import PROVED, SHOWN, Diagnosis, Finding
 from unstuck.diagnosis._trial import Progress
 from unstuck.record import Run

@@ -4,11 +4,23 @@ from unstuck.objective._calls import caller
 from unstuck.objective._chunks import Chunk, Linear, Plan
 from unstuck.objective._custom import both_sides, check_custom, check_linear
 from unstuck.objective._devices import on_cpu
-from unstuck.objective._graph import Vault
+from unstuck.objective._graph import Vault, memory_of
 from unstuck.objective._kernels import second_order
 from unstuck.objective._model import examples, unwrapped
 from unstuck.objective._objective import Objective
-from unstuck.objective._program import Constant, Instruction, Program, Slot, Tape, TapeError, joined, tensors
+from unstuck.objective._places import Names
+from unstuck.objective._program import (
+    Constant,
+    Instruction,
+    Number,
+    Place,
+    Program,
+    Slot,
+    Tape,
+    TapeError,
+    joined,
+    tensors,
+)
 from unstuck.objective._recorder import Recorder
 from unstuck.objective._tapefile import pack, unpack
 from unstuck.objective._term import Origin, Term, along, gradient_of, nodes_behind, origins, second_derivatives
@@ -18,8 +30,11 @@ __all__ = [
     "Constant",
     "Instruction",
     "Linear",
+    "Names",
+    "Number",
     "Objective",
     "Origin",
+    "Place",
     "Plan",
     "Program",
     "Recorder",
@@ -36,6 +51,7 @@ __all__ = [
     "examples",
     "gradient_of",
     "joined",
+    "memory_of",
     "nodes_behind",
     "on_cpu",
     "origins",

@@ -1,87 +1,148 @@
 """Recorded calls become a tape: numbered, or found to be the calls of a program that is known already."""
 
+import itertools
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unstuck.objective._graph import Call, Made, Taken, Vault, shared, version_of
+from unstuck.objective._places import Names, line_of, names_of
 from unstuck.objective._program import (
     Constant,
     Instruction,
+    Number,
+    Place,
     Program,
     Slice,
     Slot,
     TapeError,
-    leaves,
     map_leaves,
     same_literal,
 )
+from unstuck.objective._reads import Read, check_quotes
 
 Copy = tuple[Tensor, int | None]  # a constant, and the version to watch where it is no copy
 
 
+class Compiled(NamedTuple):
+    """A program with what stands in it for one step."""
+
+    program: Program
+    taken: list[Taken]  # the constants
+    numbers: list[float]
+
+
 def compiled(
-    kept: Sequence[Call],
-    roots: Sequence[Call],
-    parameters: Sequence[Tensor],
-    vault: Vault,
-    *,
-    like: Program | None,
-    numbers: Sequence[tuple[int, float]],
-) -> tuple[Program, list[Copy]]:
-    """The program of the calls `kept`, in their order, and its constants, copied.
+    kept: Sequence[Call], roots: Sequence[Call], parameters: int, *, like: Sequence[Program], reads: Sequence[Read]
+) -> Compiled:
+    """The program of the calls `kept`, in their order: one of those `like` it, where there is one.
 
-    `like` is a program to share where the calls are the same. `numbers` are what the script read back, each with the
-    index of the call: TapeError where a later call quotes one.
+    Where only numbers with a point differ from a known program, these are no part of the one that is returned: they
+    move from step to step, and each step has its own. TapeError where a number that was read back may be one of them.
     """
-    taken = None if like is None else _matched(like, kept, roots, len(parameters))
-    if like is not None and taken is not None:
-        if any(x in like.floats for _, x in numbers):
-            _check_quotes(kept, numbers, like)
-        return like, _copies(taken, parameters, vault)
-    _check_quotes(kept, numbers, like)
-    program, taken = _numbered(kept, roots, len(parameters))
-    copies = _copies(taken, parameters, vault)
-    if like is not None and like == program:  # it holds views of constants, which are only compared so
-        return like, copies
-    return program, copies
+    near: tuple[Program, Match] | None = None
+    for known in reversed(like):
+        match = _matched(known, kept, roots, parameters)
+        if match is not None and not match.moved:
+            if reads and (known.moves or any(x in known.floats for _, x in reads)):
+                check_quotes(kept, reads, known)
+            return Compiled(known, match.taken, match.numbers)
+        near = near or (None if match is None else (known, match))
+    if near is not None:
+        known, match = near
+        check_quotes(kept, reads, known, doubted=known)
+        return _loosened(known, kept, match.taken)
+    check_quotes(kept, reads, like[-1] if like else None)
+    program, taken = _numbered(kept, roots, parameters)
+    _inherit_places(program, like)
+    return Compiled(next((p for p in like if p == program), program), taken, [])  # views of constants are compared so
 
 
-def _check_quotes(kept: Sequence[Call], numbers: Sequence[tuple[int, float]], like: Program | None) -> None:
-    """TapeError where a call takes a number that was read back before, or seems to take one computed from it.
-
-    That is a float that the same call of `like` did not take: it moves from step to step, as what was read does.
-    """
-    read: dict[float, int] = {}
-    for index, x in numbers:
-        if x != x or x.is_integer():
-            continue
-        for y in (x, -x, 1 - x, 1 / x, x * x):
-            read.setdefault(y, index)
-    if not read:
-        return
-    first = min(read.values())
-    known = like.instructions if like is not None and len(like.instructions) == len(kept) else None
-    for k, call in enumerate(kept):
-        if call.index <= first:
-            continue
-        given = list(leaves((call.args, call.kwargs)))
-        was = list(leaves((known[k].args, known[k].kwargs))) if known is not None else given
-        if known is not None and (known[k].name != call.name or len(was) != len(given)):
-            known, was = None, given
-        for x, y in zip(given, was, strict=True):
-            if type(x) is float and (read.get(x, call.index) < call.index or (type(y) is float and x != y)):
-                raise TapeError(f"a number that was read back may go into a later call, {call.name}({x:.6g})")
+def constants(taken: Sequence[Taken], parameters: Sequence[Tensor], vault: Vault) -> list[Copy]:
+    """Copies of the constants of a step; TapeError where one is no longer what the step took."""
+    stored = {id(p.grad) for p in parameters}
+    if any(id(x.tensor) in stored for x in taken):
+        raise TapeError("the loss uses the stored gradient of a parameter")
+    return [_kept(x, vault) for x in taken]
 
 
-def _matched(like: Program, kept: Sequence[Call], roots: Sequence[Call], parameters: int) -> list[Taken] | None:
-    """The constants of the calls, if these are the instructions of a known program; else None."""
+def put_places(program: Program, kept: Sequence[Call], names: Names) -> None:
+    """Notes where in the script the calls of a program were made."""
+    modules = names_of([call.inside for call in kept], names)
+    waiting = list(reversed(kept))
+    program.places.clear()
+    for made in program.instructions:
+        call = waiting[-1] if waiting else None
+        if call is not None and call.function == made.function and _outputs(call) == made.outputs:
+            program.places.append(Place(modules.get(id(call.inside), ""), line_of(call.spot)))
+            waiting.pop()
+        else:  # a view of a constant, which no call made
+            program.places.append(Place("", ""))
+
+
+def _inherit_places(program: Program, like: Sequence[Program]) -> None:
+    """Takes the places of the calls with which a known program begins as well."""
+    for known in like:
+        pairs = zip(program.instructions, known.instructions, known.places, strict=False)
+        same = [place for ours, theirs, place in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        if len(same) > len(program.places):
+            program.places[:] = same
+
+
+def _outputs(call: Call) -> tuple[int, ...]:
+    return tuple(range(call.first, call.first + call.count))
+
+
+class Match:
+    """What a recorded step puts in the places of a known program. `moved` says whether floats of the program differ."""
+
+    def __init__(self) -> None:
+        self.taken: list[Taken] = []
+        self.places: dict[tuple[int, int], int] = {}
+        self.numbers: list[float] = []
+        self.moved = False
+
+    def fits(self, given: Sequence[Any], known: Sequence[Any]) -> bool:
+        """Whether recorded arguments are those of an instruction."""
+        if len(given) != len(known):
+            return False
+        for x, y in zip(given, known, strict=True):
+            kind = type(x)
+            if kind is Made:
+                fits = type(y) is Slot and y.at == x.call.first + x.at
+            elif kind is Taken:
+                fits = type(y) is Constant and x.base is None and y.at == _place(x, self.taken, self.places)
+            elif kind in _NESTED:
+                fits = kind is type(y) and self.fits(x, y)
+            elif kind is float:
+                fits = self._number(x, y)
+            else:
+                fits = x is y or same_literal(x, y)
+            if not fits:
+                return False
+        return True
+
+    def _number(self, x: float, y: Any) -> bool:
+        if type(y) is Number:
+            self.numbers.append(x)
+            return True
+        if type(y) is not float:
+            return False
+        self.moved = self.moved or not same_literal(x, y)
+        return True
+
+
+_NESTED = (tuple, list, Slice)
+
+
+def _matched(like: Program, kept: Sequence[Call], roots: Sequence[Call], parameters: int) -> Match | None:
+    """What the calls put in the places of a known program, if they are its instructions but for numbers; else None."""
     if like.parameters != parameters or len(like.instructions) != len(kept) or len(like.roots) != len(roots):
         return None
-    taken: list[Taken] = []
-    places: dict[tuple[int, int], int] = {}
+    match = Match()
     slot = parameters
     for call, known in zip(kept, like.instructions, strict=True):
         call.first = slot
@@ -95,35 +156,32 @@ def _matched(like: Program, kept: Sequence[Call], roots: Sequence[Call], paramet
             or call.part != known.part
             or (call.state is not None) is not known.random
             or not same_literal(call.expects, known.expects)
-            or not _fits(call.args, known.args, taken, places)
-            or not (call.kwargs == known.kwargs == () or _fits(call.kwargs, known.kwargs, taken, places))
+            or not match.fits(call.args, known.args)
+            or not (call.kwargs == known.kwargs == () or match.fits(call.kwargs, known.kwargs))
         ):
             return None
     if tuple(_slot(root.args[0]) for root in roots) != like.roots:
         return None
-    return taken if like.overwritten == {k for k, x in enumerate(taken) if x.overwritten} else None
+    return match if like.overwritten == {k for k, x in enumerate(match.taken) if x.overwritten} else None
 
 
-def _fits(given: Sequence[Any], known: Sequence[Any], taken: list[Taken], places: dict[tuple[int, int], int]) -> bool:
-    """Whether recorded arguments are those of an instruction; the constants among them are gathered."""
-    if len(given) != len(known):
-        return False
-    for x, y in zip(given, known, strict=True):
-        kind = type(x)
-        if kind is Made:
-            fits = type(y) is Slot and y.at == x.call.first + x.at
-        elif kind is Taken:
-            fits = type(y) is Constant and x.base is None and y.at == _place(x, taken, places)
-        elif kind in _NESTED:
-            fits = kind is type(y) and _fits(x, y, taken, places)
-        else:
-            fits = x is y or same_literal(x, y)
-        if not fits:
-            return False
-    return True
+def _loosened(known: Program, kept: Sequence[Call], taken: list[Taken]) -> Compiled:
+    """A known program with a `Number` where a recorded step has another float, and what stands there in the step."""
+    numbers: list[float] = []
 
+    def loose(given: Any, was: Any) -> Any:
+        kind = type(was)
+        if kind in _NESTED:
+            parts = [loose(x, y) for x, y in zip(given, was, strict=True)]
+            return Slice(*parts) if kind is Slice else tuple(parts) if kind is tuple else parts
+        if kind is Number or (kind is float and not same_literal(given, was)):
+            numbers.append(given)
+            return Number(len(numbers) - 1)
+        return was
 
-_NESTED = (tuple, list, Slice)
+    pairs = zip(kept, known.instructions, strict=True)
+    calls = [replace(was, args=loose(x.args, was.args), kwargs=loose(x.kwargs, was.kwargs)) for x, was in pairs]
+    return Compiled(replace(known, instructions=tuple(calls), places=list(known.places)), taken, numbers)
 
 
 def _slot(x: Made | Slot) -> int:
@@ -171,13 +229,6 @@ def _numbered(kept: Sequence[Call], roots: Sequence[Call], parameters: int) -> t
     ends = tuple(_slot(root.args[0]) for root in roots)
     overwritten = frozenset(k for k, x in enumerate(taken) if x.overwritten)
     return Program(tuple(calls), parameters, size, ends, overwritten, _released(calls, ends, parameters)), taken
-
-
-def _copies(taken: Sequence[Taken], parameters: Sequence[Tensor], vault: Vault) -> list[Copy]:
-    stored = {id(p.grad) for p in parameters}
-    if any(id(x.tensor) in stored for x in taken):
-        raise TapeError("the loss uses the stored gradient of a parameter")
-    return [_kept(x, vault) for x in taken]
 
 
 def _kept(taken: Taken, vault: Vault) -> Copy:

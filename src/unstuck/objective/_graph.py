@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from unstuck.objective._calls import SHAPES, autocast
-from unstuck.objective._program import TapeError
+from unstuck.objective._calls import autocast
+from unstuck.objective._places import Inside, Spot
 
 COPY_LIMIT = 32 << 20  # bytes; a larger constant is kept by reference and its version watched
 LOST = -2  # the version of a constant whose contents are gone; inference tensors, which have none, show -1
@@ -66,6 +66,8 @@ class Call:
     expects: Any = None
     moved = 0  # the call that then changed the statistics that this one evaluates with
     refusal: str | None = None
+    inside: Inside | None = None  # the module that made it
+    spot: Spot | None = None  # where in the script
 
     def __init__(self, index: int, function: Any, name: str, part: int) -> None:
         self.index = index
@@ -188,23 +190,3 @@ def ancestors(calls: Iterable[Call]) -> set[Call]:
             found.add(call)
             todo.extend(call.needs)
     return found
-
-
-def steering(reads: Sequence[Call], roots: Sequence[Call], kept: set[Call]) -> set[Call]:
-    """`kept` with the reads that may have steered what follows; TapeError where what they read was no flag.
-
-    A truth value or a shape steers all that follows. A number that is read after the last call of a loss, or of a value
-    whose backward() has run, is taken to be for the log.
-    """
-    for read in reversed(reads):
-        end = min((root.index for root in roots if root.index > read.index), default=0)
-        if isinstance(read.expects, bool) or read.name in SHAPES:
-            end = roots[-1].index
-        elif read.epoch < read.part:
-            continue
-        if not any(read.index < call.index < end for call in kept):
-            continue
-        if read.expects is None:
-            raise TapeError(f"the forward pass reads a number back ({read.name}()), which may steer what follows")
-        kept = kept | ancestors([read])
-    return kept

@@ -3,7 +3,8 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,14 @@ from unstuck.objective._calls import STATISTICS, updates
 
 
 class TapeError(RuntimeError):
-    """The step cannot be replayed; the message says why."""
+    """The step cannot be replayed; the message says why.
+
+    `doubted` is the program of earlier steps that were taken for good, where what is seen now speaks against them, too.
+    """
+
+    def __init__(self, message: str, *, doubted: "Program | None" = None) -> None:
+        super().__init__(message)
+        self.doubted = doubted
 
 
 class Slot(NamedTuple):
@@ -28,6 +36,19 @@ class Constant(NamedTuple):
     at: int
 
 
+class Number(NamedTuple):
+    """Where a number with a point lies that is another one at each step: a weight that Python computes anew."""
+
+    at: int
+
+
+class Place(NamedTuple):
+    """Where in the script a call was made; empty where that is not known."""
+
+    module: str  # the innermost, by its name in the model
+    line: str  # file:line
+
+
 class Slice(NamedTuple):
     """A slice whose ends may be tensors."""
 
@@ -38,7 +59,7 @@ class Slice(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Instruction:
-    """A call with its arguments; `Slot` and `Constant` stand where tensors stood."""
+    """A call with its arguments; `Slot` and `Constant` stand where tensors stood, `Number` where a number moves."""
 
     function: Callable[..., Any]
     name: str
@@ -69,6 +90,10 @@ class Instruction:
             if type(leaf) is Slot:
                 yield leaf.at
 
+    def leaves(self) -> Iterator[Any]:
+        """What stands at the leaves of its arguments."""
+        return leaves((self.args, self.kwargs))
+
     def made(self) -> tuple[int, ...]:
         """The slots it fills."""
         return self.outputs
@@ -76,7 +101,11 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Program:
-    """The instructions of a step. The steps of one loop share it: only their constants differ."""
+    """The instructions of a step. The steps of one loop share it: only their constants and numbers differ.
+
+    `places` says where in the script they are, as the last step had it whose modules were followed, or another program
+    that begins with the same ones; of the others it is not known. Programs that differ in nothing else are the same.
+    """
 
     instructions: tuple[Instruction, ...]
     parameters: int  # how many slots are parameters
@@ -84,10 +113,27 @@ class Program:
     roots: tuple[int, ...]  # slots that backward() was called on
     overwritten: frozenset[int]  # constants that a call writes into: each replay takes a copy
     released: tuple[tuple[int, ...], ...]  # the slots that are of no more use after each instruction
+    places: list[Place] = field(default_factory=list, compare=False)
 
     def reads(self) -> set[int]:
         """The parameters that take part."""
         return {slot for call in self.instructions for slot in call.slots() if slot < self.parameters}
+
+    def place(self, k: int) -> str:
+        """Where the call of instruction `k` was made, in a few words."""
+        call, (module, line) = self.instructions[k].name, self.where(k)
+        line = PurePath(line).name  # without its folder
+        inside = ", ".join(x for x in ((call, line) if module else (line,)) if x)
+        return f"{module or call} ({inside})" if inside else f"{call}()"
+
+    def where(self, k: int) -> Place:
+        """Where the call of instruction `k` was made."""
+        return self.places[k] if k < len(self.places) else Place("", "")
+
+    @functools.cached_property
+    def moves(self) -> bool:
+        """Whether numbers in it move from step to step."""
+        return any(type(x) is Number for call in self.instructions for x in leaves((call.args, call.kwargs)))
 
     @functools.cached_property
     def floats(self) -> frozenset[float]:
@@ -97,6 +143,7 @@ class Program:
 
 
 Observer = Callable[[Instruction, tuple[Any, ...], Any], None]
+Foreseer = Callable[[Instruction, tuple[Any, ...], dict[str, Any]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,38 +161,48 @@ class Tape:
     loss: float  # as it was recorded
     step: int
     shares: int = 1
+    numbers: tuple[float, ...] = ()  # what stands for each `Number`
 
-    def replay(self, values: Sequence[Tensor], *, observe: Observer | None = None) -> Tensor:
+    def replay(
+        self, values: Sequence[Tensor], *, observe: Observer | None = None, foresee: Foreseer | None = None
+    ) -> Tensor:
         """The loss (0-d) at `values`, one tensor a parameter; later ones that the step did not know are ignored.
 
-        The global generators are left as they were. `observe(instruction, arguments, result)` sees every call. Under
-        `second_order` it takes kernels that have second derivatives.
-        TapeError where the script would have taken another path with these values.
+        The global generators are left as they were. `observe(instruction, arguments, result)` sees every call after it
+        was made, `foresee(instruction, arguments, keywords)` before it. Under `second_order` it takes kernels that have
+        second derivatives. TapeError where the script would have taken another path with these values.
         """
         for tensor, version in zip(self.constants, self.versions, strict=True):
             if version is not None and tensor._version != version:
                 raise TapeError("the batch of the step was overwritten in place after the step")
-        shares = zip(self.of_shares(self.constants), self.of_shares(self.states), strict=True)
-        losses = [self._loss(values, constants, states, observe) for constants, states in shares]
+        shares = zip(*(self.of_shares(kept) for kept in (self.constants, self.states, self.numbers)), strict=True)
+        losses = [self._loss(values, kept, drawn, numbers, observe, foresee) for kept, drawn, numbers in shares]
         return losses[0] if self.shares == 1 else torch.stack(losses).mean()
 
-    def of_shares(self, kept: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
-        """The constants, or the states, share by share."""
+    def of_shares(self, kept: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+        """The constants, the states or the numbers, share by share."""
         each = len(kept) // self.shares
         return [kept[k * each : (k + 1) * each] for k in range(self.shares)]
 
     def _loss(
-        self, values: Sequence[Tensor], kept: Sequence[Tensor], drawn: Sequence[Tensor], observe: Observer | None
+        self,
+        values: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        drawn: Sequence[Tensor],
+        numbers: Sequence[float],
+        observe: Observer | None,
+        foresee: Foreseer | None,
     ) -> Tensor:
         program = self.program
         constants = [t.clone() if k in program.overwritten else t for k, t in enumerate(kept)]
         slots: list[Any] = [None] * program.size
         slots[: program.parameters] = values[: program.parameters]
+        held = _Held(slots, constants, numbers)
         states = iter(drawn)
         with _own_generator((*values, *constants)), _Surroundings() as surroundings:
             for call, released in zip(program.instructions, program.released, strict=True):
                 surroundings.enter(call)
-                _run(call, slots, constants, next(states) if call.random else None, observe)
+                _step(call, held, next(states) if call.random else None, observe, foresee)
                 for index in released:
                     slots[index] = None
         loss, *others = (slots[root].reshape(()) for root in program.roots)
@@ -172,6 +229,7 @@ def joined(tapes: Sequence[Tape]) -> Tape:
         constants=tuple(c for t in tapes for c in t.constants),
         versions=tuple(v for t in tapes for v in t.versions),
         states=tuple(s for t in tapes for s in t.states),
+        numbers=tuple(x for t in tapes for x in t.numbers),
         loss=sum(t.loss for t in tapes) / len(tapes),
         step=first.step,
         shares=len(tapes),
@@ -196,24 +254,13 @@ def _restore(state: Tensor, device: torch.device) -> None:
     torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
 
-def _run(
-    call: Instruction, slots: list[Any], constants: list[Tensor], state: Tensor | None, observe: Observer | None
+def _step(
+    call: Instruction, held: "_Held", state: Tensor | None, observe: Observer | None, foresee: Foreseer | None
 ) -> None:
-    args = tuple(fill(a, slots, constants) for a in call.args)
-    kwargs = {k: fill(v, slots, constants) for k, v in call.kwargs}
-    if state is not None:
-        _restore(state, tensors((args, kwargs))[0].device)
-    if call.name in STATISTICS and not updates(
-        call.name, args, kwargs
-    ):  # or a later call would write into what it saves
-        args = (args[0], *(x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in args[1:]))
-        kwargs = {k: x.clone() if k.startswith("running_") and x is not None else x for k, x in kwargs.items()}
-    try:
-        result = _SMOOTH.get(call.name, call.function)(*args, **kwargs)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        raise TapeError(f"with these weights {call.name}() fails: {error}") from error
+    args, kwargs = tuple([fill(a, held) for a in call.args]), {k: fill(v, held) for k, v in call.kwargs}
+    if foresee is not None:
+        foresee(call, args, kwargs)
+    result = _run(call, args, kwargs, state)
     if observe is not None:
         observe(call, args, result)
     if call.expects is not None and result != call.expects:
@@ -223,7 +270,23 @@ def _run(
         if len(made) != len(call.outputs):
             raise TapeError(f"with these weights {call.name}() returns {len(made)} tensors, not {len(call.outputs)}")
         for index, tensor in zip(call.outputs, made, strict=True):
-            slots[index] = tensor
+            held.slots[index] = tensor
+
+
+def _run(call: Instruction, args: tuple[Any, ...], kwargs: dict[str, Any], state: Tensor | None) -> Any:
+    if state is not None:
+        _restore(state, tensors((args, kwargs))[0].device)
+    if call.name in STATISTICS and not updates(
+        call.name, args, kwargs
+    ):  # or a later call would write into what it saves
+        args = (args[0], *(x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in args[1:]))
+        kwargs = {k: x.clone() if k.startswith("running_") and x is not None else x for k, x in kwargs.items()}
+    try:
+        return _SMOOTH.get(call.name, call.function)(*args, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
+        raise TapeError(f"with these weights {call.name}() fails: {error}") from error
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -280,20 +343,30 @@ class _Surroundings:
         self._held.add(device)
 
 
-def fill(x: Any, slots: Sequence[Any], constants: Sequence[Tensor]) -> Any:
+class _Held(NamedTuple):
+    """What stands for the names in a program while it runs."""
+
+    slots: list[Any]
+    constants: list[Tensor]
+    numbers: Sequence[float]
+
+
+def fill(x: Any, held: _Held) -> Any:
     """An argument with the tensors back in their places."""
     kind = type(x)
     if kind is Slot:
-        return slots[x.at]
+        return held.slots[x.at]
     if kind is Constant:
-        return constants[x.at]
+        return held.constants[x.at]
+    if kind is Number:
+        return held.numbers[x.at]
     if kind is Slice:
-        start, stop, step = (fill(y, slots, constants) for y in x)
+        start, stop, step = (fill(y, held) for y in x)
         return slice(start, stop, step)
     if kind is tuple:
-        return tuple(fill(y, slots, constants) for y in x)
+        return tuple([fill(y, held) for y in x])
     if kind is list:
-        return [fill(y, slots, constants) for y in x]
+        return [fill(y, held) for y in x]
     return x
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import _VF
 from torch.overrides import get_overridable_functions, resolve_name
 
-from unstuck.objective._program import Constant, Instruction, Program, Slice, Slot, Tape, TapeError
+from unstuck.objective._program import Constant, Instruction, Number, Place, Program, Slice, Slot, Tape, TapeError
 
 _MARK = "#"  # opens an encoded value that JSON-like types cannot carry
 _UNDERSCORED = (  # internal functions that torch.nn and torch.distributions call in sight
@@ -39,6 +39,7 @@ def pack(tapes: Sequence[Tape]) -> dict[str, Any]:
             "loss": t.loss,
             "step": t.step,
             "shares": t.shares,
+            "numbers": list(t.numbers),
         }
         for t in tapes
     ]
@@ -57,6 +58,7 @@ def unpack(data: Mapping[str, Any]) -> list[Tape]:
             loss=t["loss"],
             step=t["step"],
             shares=t.get("shares", 1),
+            numbers=tuple(t.get("numbers", ())),  # which the first versions did not have
         )
         for t in data["tapes"]
     ]
@@ -70,6 +72,7 @@ def _pack_program(program: Program) -> dict[str, Any]:
         "roots": list(program.roots),
         "overwritten": sorted(program.overwritten),
         "released": [list(r) for r in program.released],
+        "places": [list(place) for place in program.places],
     }
 
 
@@ -81,6 +84,7 @@ def _unpack_program(data: Mapping[str, Any]) -> Program:
         roots=tuple(data["roots"]),
         overwritten=frozenset(data["overwritten"]),
         released=tuple(tuple(r) for r in data["released"]),
+        places=[Place(*place) for place in data.get("places", ())],
     )
 
 
@@ -133,7 +137,7 @@ def _encode(x: Any) -> Any:
         return x
     if type(x) is list:
         return [_encode(y) for y in x]
-    for kind, tag in ((Slot, "slot"), (Constant, "constant"), (Slice, "slice"), (tuple, "tuple")):
+    for kind, tag in ((Slot, "slot"), (Constant, "constant"), (Number, "number"), (Slice, "slice"), (tuple, "tuple")):
         if isinstance(x, kind):
             return [_MARK, tag, *(_encode(y) for y in x)]
     if isinstance(x, range):
@@ -168,6 +172,7 @@ def _of_torch(name: str) -> Any:
 _KINDS: dict[str, Callable[..., Any]] = {
     "slot": Slot,
     "constant": Constant,
+    "number": Number,
     "slice": Slice,
     "range": range,
     "tuple": lambda *items: items,

@@ -25,6 +25,7 @@ from unstuck.objective._graph import (
     version_of,
     versions_of,
 )
+from unstuck.objective._places import Modules, spot
 from unstuck.objective._program import Slot, tensors
 from unstuck.objective._shared import Shared, saved
 
@@ -34,8 +35,9 @@ NUMPY = "a value of the step was written into through NumPy or .data, unseen by 
 class Values:
     """The tensors of one step. `refuse` gives the step up, with the reason."""
 
-    def __init__(self, leaves: list[Tensor]) -> None:
+    def __init__(self, leaves: list[Tensor], modules: Modules) -> None:
         self.leaves = leaves
+        self.modules = None if modules.names is None else modules
         self.used: set[int] = set()  # slots of the parameters that some call took
         self.known: dict[int, Slot | Made] = dict(zip(map(id, leaves), map(Slot, range(len(leaves))), strict=True))
         self.written: dict[int, Written] = {}  # memory that calls wrote into
@@ -67,7 +69,10 @@ class Values:
     def open(self, name: str, func: Any) -> Call:
         """A call that is about to be made."""
         self._count += 1
-        return Call(self._count, func, name, len(self.roots))
+        call = Call(self._count, func, name, len(self.roots))
+        if self.modules is not None:
+            call.inside, call.spot = self.modules.innermost, spot()
+        return call
 
     def touch(self, given: Sequence[Tensor]) -> bool:
         """Whether a call depends on the parameters; it may show one that was not known yet."""

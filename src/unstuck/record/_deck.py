@@ -11,7 +11,6 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from unstuck.objective import Program, Recorder, Tape, TapeError, Vault
+from unstuck.objective import Names, Program, Recorder, Tape, TapeError, Vault
 from unstuck.record._heard import Heard
 from unstuck.record._modes import insert, remove
 from unstuck.record._pulses import together
@@ -29,6 +28,7 @@ KEPT = 120  # tapes: enough for a trial of 60 steps, 30 to cool down and 30 held
 BYTES = 512 << 20
 LOSS_TOLERANCE = 1e-6  # relative: a kernel of the replay may differ
 GRADIENT_TOLERANCE = 1e-4  # relative to the norm; in a coarse type its last digit, since a GPU adds in any order
+PLACED = 4  # recordings at the start, and after each new program, that tell where in the script a call is
 REASONS = 16  # different refusals that are told apart
 PIECE = 1 << 22  # numbers of a gradient that are compared at a time
 PROGRAMS = 16  # different programs that are checked
@@ -38,7 +38,7 @@ PATIENCE = 32  # recorded steps that are listened to until a program comes again
 class Deck:
     """The tapes of a run over `leaves`. `refusals` says why steps could not be recorded, and how often."""
 
-    def __init__(self, leaves: list[Tensor]) -> None:
+    def __init__(self, leaves: list[Tensor], names: Names | None = None) -> None:
         self.tapes: deque[Tape] = deque(maxlen=KEPT)
         self.refusals: dict[str, int] = {}
         self.seconds = 0.0
@@ -46,6 +46,8 @@ class Deck:
         self._leaves = leaves
         self._looked_at = 0  # leaves, for `sharded`
         self._sharded = False
+        self._names = names  # of modules
+        self._placed = PLACED
         self._recorder: Recorder | None = None
         self._lifted = False  # whether the recorder is aside
         self._stranded: Recorder | None = None  # one that could not be taken off the stack of modes
@@ -72,8 +74,10 @@ class Deck:
         if anything_compiled():
             self.refuse("part of the script is compiled (torch.compile): its calls cannot be seen")
             return
-        self._recorder = Recorder(self._leaves)
+        self._placed -= 1
+        self._recorder = Recorder(self._leaves, names=self._names if self._placed >= 0 else None)
         insert(self._recorder)
+        self._recorder.modules.follow()
 
     def silence(self) -> Recorder | None:
         """Stops to record; the recorder that was on."""
@@ -83,6 +87,7 @@ class Deck:
         if self._heard is not None:
             self._heard.stop()
             self.seconds += self._heard.seconds
+        recorder.modules.leave()
         self.seconds += recorder.seconds + recorder.calls * self._dispatch
         if self._lifted or remove(recorder):
             return recorder
@@ -95,6 +100,7 @@ class Deck:
         """Stops to record for good."""
         for recorder in (self._recorder, self._stranded):
             if recorder is not None:
+                recorder.modules.leave()
                 remove(recorder)
         if self._heard is not None:
             self._heard.stop()
@@ -129,18 +135,14 @@ class Deck:
 
     def compiled(self, recorder: Recorder, step: int) -> Tape | None:
         """The tape of the step, or None where it is refused."""
-        known = self._programs[-1] if self._programs else None
         try:
-            tape = recorder.finish(self._vault, step=step, like=known)
+            return recorder.finish(self._vault, step=step, like=self._programs)
         except TapeError as error:
             self._heard = None
             self.refuse(str(error))
+            if error.doubted is not None:
+                self.tapes = deque((t for t in self.tapes if t.program is not error.doubted), maxlen=KEPT)
             return None
-        if tape.program is not known:
-            same = next((p for p in self._programs if p == tape.program), None)
-            if same is not None:
-                tape = replace(tape, program=same)
-        return tape
 
     def check(self, tape: Tape, parameters: Sequence[Tensor]) -> bool:
         """Whether the replay gives the loss and the gradient that the step really had, where that is due.
@@ -177,6 +179,7 @@ class Deck:
         if new:
             self._programs.append(tape.program)
             self._awaited = 0
+            self._placed = PLACED
         return True
 
     @property

@@ -1,14 +1,12 @@
 """Facts of a step that need no interpretation."""
 
-import contextlib
 import weakref
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from unstuck.objective import Recorder, Tape, TapeError, tensors
+from unstuck.objective import Recorder
 from unstuck.record._pulses import together
 from unstuck.record._ranks import in_pieces
 
@@ -98,42 +96,3 @@ def orphans(recorder: Recorder, optimizers: Sequence[torch.optim.Optimizer]) -> 
 def _whole(found: list[Tensor], recorder: Recorder) -> list[Tensor]:
     """Nothing where parameters are sharded: the network computes with others than the optimiser moves."""
     return [] if found and any(map(in_pieces, recorder.leaves)) else found
-
-
-def nonfinite_batch(tape: Tape, but: Collection[torch.Size] = ()) -> dict[str, Any] | None:
-    """The input of the step that holds NaN or infinity, and in which rows; −infinity is what masks are made of.
-
-    An input of a shape in `but` is left out.
-    """
-    for k, constant in enumerate(tape.constants):
-        if (
-            constant.shape not in but
-            and constant.is_floating_point()
-            and bool((constant.isnan() | constant.isposinf()).any())
-        ):
-            flat = constant.flatten(1) if constant.dim() > 1 else constant.unsqueeze(-1)
-            rows = (~flat.isfinite()).any(-1).nonzero().flatten().tolist()
-            where = f"input {k} of the step, shape {tuple(constant.shape)}"
-            return {"origin": "batch", "where": where, "rows": rows[:20]}
-    return None
-
-
-def first_nonfinite(tape: Tape | None, leaves: Sequence[Tensor], name: Callable[[Tensor], str]) -> dict[str, Any]:
-    """Where the first number that is not finite arose: a parameter, the batch, or a call of the forward pass."""
-    for leaf in leaves:
-        if not in_pieces(leaf) and not bool(leaf.isfinite().all()):
-            return {"origin": "parameter", "where": name(leaf)}
-    if tape is None:
-        return {"origin": "unknown", "where": ""}
-    batch = nonfinite_batch(tape)
-    if batch is not None:
-        return batch
-    found: list[str] = []
-
-    def look(call: Any, args: Any, result: Any) -> None:
-        if not found and any(t.is_floating_point() and not bool(t.isfinite().all()) for t in tensors(result)):
-            found.append(call.name)
-
-    with contextlib.suppress(TapeError):
-        tape.replay([p.detach() for p in leaves], observe=look)
-    return {"origin": "forward", "where": found[0] if found else ""}

@@ -1,10 +1,9 @@
 """The parameters of a run, and their names: as the models have them, which a script need not tell anybody."""
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -81,10 +80,9 @@ class Leaves:
             self._searched = True  # which takes its time, and is worth it once
         return next((n for n, p in zip(self.names, self.tensors, strict=True) if p is leaf), "")
 
-    def spoilt(self) -> set[torch.Size]:
-        """The shapes of the models' buffers that are not finite."""
-        buffers = (b for m in self.models for b in m.buffers() if b.is_floating_point())
-        return {b.shape for b in buffers if not bool(b.isfinite().all())}
+    def modules(self, modules: Sequence[nn.Module]) -> list[str]:
+        """The names of modules, as those of their parameters begin."""
+        return module_names(modules, self.tensors, self.models)
 
 
 def models_alive() -> list[nn.Module]:
@@ -100,12 +98,28 @@ def _outermost(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 def parameter_names(leaves: Sequence[Tensor], models: Iterable[nn.Module]) -> list[str]:
     """A name for each leaf: as its model has it, or `tensor[k]` where no model owns it."""
-    names: dict[int, str] = {}
-    taken: set[str] = set()
-    wanted = {id(leaf) for leaf in leaves}
-    for model in models:
-        owned = [(name, p) for name, p in model.named_parameters() if id(p) in wanted and id(p) not in names]
-        prefix = f"{type(model).__name__}." if any(name in taken for name, _ in owned) else ""
-        names.update((id(p), prefix + name) for name, p in owned)
-        taken.update(prefix + name for name, _ in owned)
+    names = {id(p): prefix + name for prefix, _, owned in _owners(leaves, models) for name, p in owned}
     return [names.get(id(leaf), f"tensor[{k}]") for k, leaf in enumerate(leaves)]
+
+
+def module_names(modules: Sequence[nn.Module], leaves: Sequence[Tensor], models: Iterable[nn.Module]) -> list[str]:
+    """A name for each module, as the names of its parameters begin: a model's is its class's, and "" that of others."""
+    names: dict[int, str] = {}
+    for prefix, model, _ in _owners(leaves, models):
+        for name, module in model.named_modules():
+            names.setdefault(id(module), prefix + name if name else type(model).__name__)
+    return [names.get(id(module), "") for module in modules]
+
+
+def _owners(
+    leaves: Sequence[Tensor], models: Iterable[nn.Module]
+) -> Iterator[tuple[str, nn.Module, Sequence[tuple[str, Tensor]]]]:
+    """Each model with the leaves that it is the first to own, and what their names begin with to be no others'."""
+    wanted = {id(leaf) for leaf in leaves}
+    taken: set[str] = set()
+    for model in models:
+        owned = [(name, p) for name, p in model.named_parameters() if id(p) in wanted]
+        wanted.difference_update(id(p) for _, p in owned)
+        prefix = f"{type(model).__name__}." if any(name in taken for name, _ in owned) else ""
+        taken.update(prefix + name for name, _ in owned)
+        yield prefix, model, owned

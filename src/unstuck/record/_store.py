@@ -36,6 +36,11 @@ class Store:
         self._shelf: Shelf | None = Shelf(folder, rank)
         self._written = -1
 
+    @property
+    def states(self) -> list[State]:
+        """The states that are held in memory, by step."""
+        return [*self._first, *self._recent]
+
     def due(self, step: int) -> bool:
         return self._clock.due(step)
 
@@ -73,7 +78,7 @@ class Store:
     def _packed(self, step: int, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         self._leaves.learn(thoroughly=True)
         last = snapshot(step, self._leaves.tensors, optimizer, copy=False)
-        states = [*self._first, *(s for s in self._recent if s.step < step), last]
+        states = [*(s for s in self.states if s.step < step or not s.step), last]
         data = pack(self._packable())
         data["names"] = self._leaves.names
         data["states"] = [pack_state(s) for s in states if len(s.weights) == len(self._leaves.tensors)]

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from unstuck.objective import Recorder, Tape, caller
 from unstuck.record._deck import KEPT, Deck, anything_compiled
 from unstuck.record._devices import wait
-from unstuck.record._facts import StaleGradients, cut_off, first_nonfinite, nonfinite_batch, orphans
+from unstuck.record._facts import StaleGradients, cut_off, orphans
 from unstuck.record._governor import Alarm
 from unstuck.record._hooks import Hooks
 from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
 from unstuck.record._models import Leaves
 from unstuck.record._moments import Tick, Ticks
+from unstuck.record._nonfinite import first_nonfinite, first_nonfinite_gradient, met_again
 from unstuck.record._pulses import together
 from unstuck.record._ranks import own_rank, ranked, ranks, sharded
 from unstuck.record._run import Run
@@ -57,7 +58,7 @@ class Watch:
         self._journal = Journal(self._log, self._look)
         self._hooks = Hooks(self)
         self._leaves = Leaves(models)
-        self._deck = Deck(self._leaves.tensors)
+        self._deck = Deck(self._leaves.tensors, self._leaves.modules)
         self._store = Store(self.folder, self.rank, self._leaves, self._deck, budget)
         self._stepped: dict[int, Stepped] = {}  # the optimisers, by identity
         self._outer: torch.optim.Optimizer | None = None  # whose step is being taken
@@ -231,6 +232,9 @@ class Watch:
             self._record["lr"] = float(rate) if rate.is_cpu else rate.detach().clone()
         self._cost = time.perf_counter() - began if recorder is None else 0.0  # which has its own share
         self._record |= stepped.pulses.before_step(stepped.steps + 1, self._pace)
+        norm = self._record.get("grad_norm")
+        if isinstance(norm, float) and not math.isfinite(norm) and "non-finite" not in self._counts:
+            self._blew_up_backward(tape)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._outer is not optimizer:
@@ -304,11 +308,11 @@ class Watch:
             tape = None
         if tape is not None:
             self._deck.keep(tape)
-            # statistics that the blow-up has spoilt are inputs of a step, too
-            batch = nonfinite_batch(tape, self._leaves.spoilt()) if self._unexplained else None
-            if batch is not None:  # the step at which it did the harm was not recorded, but it has come again
+            known = self._leaves.models, self._store.states, self._leaves.tensors
+            again = met_again(tape, *known) if self._unexplained else None
+            if again is not None:  # the step at which it did the harm was not recorded, but it has come again
                 self._unexplained = False
-                self._fact("non-finite-batch", **batch)
+                self._fact(again[0], **again[1])
         return tape
 
     def _note_cuts(self, recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
@@ -316,9 +320,8 @@ class Watch:
         cut = cut_off(recorder, optimizer)
         if cut:
             function, line = recorder.cuts[0]
-            self._counted(
-                "graph-cut", of=self.heard, names=[self._leaves.name(p) for p in cut], function=function, line=line
-            )
+            told = {"function": function, "line": line, "module": recorder.cut_in}
+            self._counted("graph-cut", of=self.heard, names=[self._leaves.name(p) for p in cut], **told)
         lost = orphans(recorder, [known.optimizer for known in self._stepped.values()])
         if lost:
             self._counted("orphan-gradient", of=self.heard, names=[self._leaves.name(p) for p in lost])
@@ -333,10 +336,19 @@ class Watch:
             self._blew_up(step, loss, tape)
 
     def _blew_up(self, step: int, loss: float, tape: Tape | None) -> None:
-        where = first_nonfinite(tape, self._leaves.tensors, self._leaves.name)
-        self._unexplained = where["origin"] in ("unknown", "parameter")
+        with self._deck.aside():
+            memory = {"tapes": self._deck.tapes, "states": self._store.states}
+            where = first_nonfinite(tape, self._leaves.tensors, self._leaves.name, step=step, **memory)
+        self._unexplained = where["origin"] in ("unknown", "parameter") and "cause" not in where
         self._wanted = KEPT  # at once: the batch that did it may come again soon
         self._counted("non-finite", of=step, step=step, loss=loss, **where)
+
+    def _blew_up_backward(self, tape: Tape | None) -> None:
+        with self._deck.aside():
+            where = first_nonfinite_gradient(tape, self._leaves.tensors, self._leaves.name)
+        if where is not None:
+            step = self.steps + 1
+            self._counted("non-finite", of=step, step=step, loss=self._record.get("loss", math.nan), **where)
 
     def _remember(self) -> None:
         if not self._finite or self._deck.sharded:
