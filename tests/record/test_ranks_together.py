@@ -61,6 +61,7 @@ def outcome(name, train, rank):
         "same": same and torch.equal(state, torch.get_rng_state()),
         "hooked": any(p._backward_hooks is not None for p in model.parameters()),
         "steps": run.steps,
+        "rescaled": kept and torch.load(run.folder / ranked("tapes.pt", run.rank), weights_only=True)["rescaled"],
         "tapes": [] if kept is None else [t.step for t in kept.tapes],
         "refusals": list(run.of("end")[0]["refusals"]),
         "facts": [e["code"] for e in Run(name, rank=rank or None).of("fact")],
@@ -91,6 +92,8 @@ def test_every_way_to_average_gradients_keeps_its_tapes_and_its_bits():
         assert not found["hooked"], (name, rank)
         assert not found["facts"], (name, rank)
         assert found["steps"] == steps, (name, rank)
+        if name in ("averages", "gradients_as_views", "accumulation_without_sync", "recomputed_activations"):
+            assert found["rescaled"] == pytest.approx(1), (name, rank)  # the average is no rescaling
         assert found["tapes"] == [k for k in range(1, steps + 1) if k != surprise], (name, rank, found["refusals"])
 
 
@@ -98,6 +101,7 @@ def test_sharded_parameters_are_refused_by_their_name_and_keep_their_bits():
     told = told_by_ranks(SHARDED)
     for rank, name in [(rank, name) for rank in range(2) for name in SHARDED]:
         expected = {"same": True, "hooked": False, "steps": STEPS, "tapes": [], "refusals": [PIECES], "facts": []}
+        expected["rescaled"] = None
         assert told[rank][name] == expected, (name, rank)
 
 
