@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 import unstuck
 from unstuck.record import State, _watch
-from unstuck.record._facts import StaleGradients
 from unstuck.record._state import pack_state, snapshot, unpack_state
 
 
@@ -369,21 +368,3 @@ def test_steps_that_are_refused_again_and_again_are_recorded_no_longer(tmp_path)
             (loss * loss.item()).backward()
             optimizer.step()
     assert _watch.FRUITLESS <= run.heard < _watch.FIRST_TAPES
-
-
-def test_a_gradient_is_not_old_because_it_lies_where_the_old_one_lay():
-    p = nn.Parameter(torch.zeros(3))
-    optimizer, stale = torch.optim.SGD([p], lr=0.1), StaleGradients()
-    p.grad = torch.ones(3)
-    stale.note_step(optimizer)
-    place, others = id(p.grad), []
-    p.grad = None
-    while id(new := torch.ones(3)) != place and len(others) < 1000:
-        others.append(new)
-    assert id(new) == place
-    p.grad = new  # as the sum over two parts of a batch, made anew
-    stale.note_backward()
-    assert stale.used_by(optimizer) is None
-    stale.note_step(optimizer)
-    stale.note_backward()
-    assert stale.used_by(optimizer) is p
