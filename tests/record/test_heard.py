@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import unstuck
-from unstuck.record._facts import StaleGradients
 from unstuck.record._heard import Heard
 from unstuck.record._turns import Turns
 
@@ -288,24 +287,6 @@ def test_a_step_within_a_step_is_one_step(tmp_path):
     assert len(run.series("loss")[0]) == 5
     assert [t.step for t in run.memory().tapes] == [1, 2, 3, 4, 5]
     assert run.memory().states[-1].optimizer.kind.endswith("Wrapper")
-
-
-def test_a_gradient_is_not_old_because_it_lies_where_the_old_one_lay():
-    p = nn.Parameter(torch.zeros(3))
-    optimizer, stale = torch.optim.SGD([p], lr=0.1), StaleGradients()
-    p.grad = torch.ones(3)
-    stale.note_step(optimizer)
-    place, others = id(p.grad), []
-    p.grad = None
-    while id(new := torch.ones(3)) != place and len(others) < 1000:
-        others.append(new)
-    assert id(new) == place
-    p.grad = new  # as the sum over two parts of a batch, made anew
-    stale.note_backward()
-    assert stale.used_by(optimizer) is None
-    stale.note_step(optimizer)
-    stale.note_backward()
-    assert stale.used_by(optimizer) is p
 
 
 class TestTurns:
