@@ -205,13 +205,14 @@ class Calls(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def where_gradients_lie(model, x, calls):
+def where_gradients_lie(model, x, calls, begin=lambda leaves: None):
     """Whether each `.grad` is the very memory that backward() made, and its strides."""
     made = {}
     names = {p: name for name, p in model.named_parameters()}
     handles = [p.register_hook(lambda g, p=p: made.update({names[p]: g.data_ptr()})) for p in names if p.requires_grad]
     loss = loss_of(model, x)
     with calls:
+        begin(list(names))
         loss.backward()
     for handle in handles:
         handle.remove()
@@ -223,8 +224,7 @@ def test_a_gradient_lies_where_it_would_have_and_the_modes_of_the_script_see_not
     model, x = Net(), torch.randn(5, 3)
     plain_calls, calls, heard = Calls(), Calls(), Heard()
     plain = where_gradients_lie(copy.deepcopy(model), x, plain_calls)
-    heard.listen(list(model.parameters()))
-    watched = where_gradients_lie(model, x, calls)
+    watched = where_gradients_lie(model, x, calls, heard.listen)
     assert any(taken for taken, _, _ in plain.values())
     assert plain.keys() == watched.keys()
     assert all(plain[n][:2] == watched[n][:2] and torch.equal(plain[n][2], watched[n][2]) for n in plain)

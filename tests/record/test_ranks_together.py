@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import unstuck
 from unstuck.diagnosis import PROVED, SHOWN
+from unstuck.objective import joined, pack, unpack
 from unstuck.record import Run
 from unstuck.record._log import NAME, Log
 from unstuck.record._memory import read_memory
@@ -61,6 +62,7 @@ def outcome(name, train, rank):
         "same": same and torch.equal(state, torch.get_rng_state()),
         "hooked": any(p._backward_hooks is not None for p in model.parameters()),
         "steps": run.steps,
+        "rescaled": kept and torch.load(run.folder / ranked("tapes.pt", run.rank), weights_only=True)["rescaled"],
         "tapes": [] if kept is None else [t.step for t in kept.tapes],
         "refusals": list(run.of("end")[0]["refusals"]),
         "facts": [e["code"] for e in Run(name, rank=rank or None).of("fact")],
@@ -91,6 +93,8 @@ def test_every_way_to_average_gradients_keeps_its_tapes_and_its_bits():
         assert not found["hooked"], (name, rank)
         assert not found["facts"], (name, rank)
         assert found["steps"] == steps, (name, rank)
+        if name in ("averages", "gradients_as_views", "accumulation_without_sync", "recomputed_activations"):
+            assert found["rescaled"] == pytest.approx(1), (name, rank)  # the average is no rescaling
         assert found["tapes"] == [k for k in range(1, steps + 1) if k != surprise], (name, rank, found["refusals"])
 
 
@@ -98,6 +102,7 @@ def test_sharded_parameters_are_refused_by_their_name_and_keep_their_bits():
     told = told_by_ranks(SHARDED)
     for rank, name in [(rank, name) for rank in range(2) for name in SHARDED]:
         expected = {"same": True, "hooked": False, "steps": STEPS, "tapes": [], "refusals": [PIECES], "facts": []}
+        expected["rescaled"] = None
         assert told[rank][name] == expected, (name, rank)
 
 
@@ -187,6 +192,26 @@ def test_the_tapes_of_both_ranks_give_loss_and_gradient_of_their_shares_and_thei
             torch.testing.assert_close(found, torch.autograd.grad(loss, values, retain_graph=True))
     first = sum(by_hand(values, *share) for share in next(parts())) / 2
     assert memory.tapes[0].loss == pytest.approx(first.item(), rel=1e-6)
+
+
+def curved(tape, values):
+    """The Hessian of a tape's loss times a vector of ones."""
+    slopes = torch.autograd.grad(tape.replay(values), values, create_graph=True)
+    return torch.autograd.grad(sum(slope.sum() for slope in slopes), values)
+
+
+def test_a_joined_tape_has_second_derivatives_shows_every_call_and_can_be_written(runs):
+    run = Run(runs / "two-healthy")
+    memory, shares = run.memory(), [own(one) for one in run.ranks.values()]
+    values = [w.clone().requires_grad_() for w in memory.states[0].weights]
+    (tape,) = unpack(pack(memory.tapes[7:8]))
+    each = [curved(share.tapes[7], values) for share in shares]
+    torch.testing.assert_close(curved(tape, values), tuple((a + b) / 2 for a, b in zip(*each, strict=True)))
+    calls = []
+    tape.replay(values, observe=lambda call, args, result: calls.append(call))
+    assert calls == 2 * list(tape.program.instructions)
+    with pytest.raises(ValueError, match="one step and one program"):
+        joined([shares[0].tapes[7], shares[1].tapes[8]])
 
 
 def test_the_objective_of_the_run_is_the_mean_over_the_shares_of_all_ranks(runs):

@@ -12,7 +12,7 @@ from unstuck.record._devices import read
 from unstuck.record._state import State, shelf, shelved, unpack_state
 
 MOST = 8  # ranks that one process replays
-LEAST = 40  # steps of all ranks, or half of those of one: a trial would learn fewer by heart
+LEAST = 30  # steps of all ranks, or a quarter of those of one: a trial would learn fewer by heart
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ def whole(own: Memory, others: Sequence[Memory | None]) -> Memory:
     if reason:
         return replace(own, apart=reason)
     tapes = tuple(_together([own, *found]))
-    if len(tapes) < min(LEAST, len(own.tapes) / 2):
+    if len(tapes) < min(LEAST, len(own.tapes) / 4):
         return replace(
             own, apart=f"{f'only {len(tapes)}' if tapes else 'none'} of the steps were recorded on all ranks"
         )
