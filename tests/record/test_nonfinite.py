@@ -9,7 +9,7 @@ from torch import nn
 import unstuck
 from unstuck.diagnosis import non_finite
 from unstuck.objective import Recorder, Vault
-from unstuck.record import _stepped
+from unstuck.record import _stepped, _watch
 from unstuck.record._models import module_names
 from unstuck.record._nonfinite import first_nonfinite, origin
 
