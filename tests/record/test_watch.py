@@ -1,5 +1,7 @@
 """What a watched run knows of the script: names, facts, states, tapes."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -368,3 +370,26 @@ def test_steps_that_are_refused_again_and_again_are_recorded_no_longer(tmp_path)
             (loss * loss.item()).backward()
             optimizer.step()
     assert _watch.FRUITLESS <= run.heard < _watch.FIRST_TAPES
+
+
+def test_a_copy_of_the_model_that_teaches_it_is_a_constant_of_each_step(tmp_path):
+    torch.manual_seed(0)
+    model, data = Net(), torch.randn(8, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    target = torch.zeros(8, 2)
+    with unstuck.watch(folder=tmp_path / "run", budget=100) as run:
+        for k in range(120):
+            if k:
+                with torch.no_grad():
+                    target = 0.5 * copy.deepcopy(model)(data)
+            optimizer.zero_grad()
+            F.mse_loss(model(data), target).backward()
+            optimizer.step()
+    memory = run.memory()
+    assert memory.names == ("body.weight", "body.bias", "head.weight", "head.bias")
+    assert [s.step for s in memory.states] == [0, 50, 100, 120]
+    elsewhere = [w + 0.1 for w in memory.states[-1].weights]
+    with torch.no_grad():
+        for p, w in zip(model.parameters(), elsewhere, strict=True):
+            p.copy_(w)
+        assert float(memory.tapes[-1].replay(elsewhere)) == pytest.approx(F.mse_loss(model(data), target).item())

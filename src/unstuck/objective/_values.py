@@ -37,6 +37,7 @@ class Values:
 
     def __init__(self, leaves: list[Tensor], modules: Modules) -> None:
         self.leaves = leaves
+        self._met = bool(leaves)  # whether it is known who trains
         self.modules = None if modules.names is None else modules
         self.used: set[int] = set()  # slots of the parameters that some call took
         self.known: dict[int, Slot | Made] = dict(zip(map(id, leaves), map(Slot, range(len(leaves))), strict=True))
@@ -81,6 +82,8 @@ class Values:
         for tensor in given:
             leaf = known.get(id(tensor))
             if leaf is None:
+                if self._apart(tensor):
+                    continue
                 if tensor.requires_grad:
                     found = True
                     if tensor.is_leaf and isinstance(tensor, torch.nn.Parameter):
@@ -95,6 +98,14 @@ class Values:
                 self.used.add(leaf.at)
             found = True
         return found
+
+    def _apart(self, tensor: Tensor) -> bool:
+        """Whether it is a parameter of a network that does not train here: a teacher, an average of the weights.
+
+        What that computes without gradients is a constant of the step. At a first step nobody is known to train yet.
+        """
+        apart = self._met and isinstance(tensor, torch.nn.Parameter) and not torch.is_grad_enabled()
+        return apart and tensor.requires_grad and self._alias(tensor) is None
 
     def _alias(self, tensor: Tensor) -> Made | None:
         """A tensor whose memory a call wrote into, as a view of the copy of that memory."""
