@@ -398,6 +398,11 @@ class TestWithoutTapes:
         assert codes(diagnose(of_losses(tmp_path / "stuck", [2.3] * 100))) == ["unknown"]
         assert codes(diagnose(of_losses(tmp_path / "fine", [2.3 * 0.97**k for k in range(100)]))) == []
 
+    def test_the_loss_of_a_policy_is_not_at_chance_because_it_never_falls(self, tmp_path):
+        """What guessing earns is not known of it, and it has left the level at which it began: upwards."""
+        losses = torch.cat([torch.full((10,), 20.0), 27 + 4 * torch.randn(300)]).tolist()
+        assert codes(diagnose(of_losses(tmp_path, losses))) == []
+
 
 class TestResult:
     def stuck(self, tmp_path):

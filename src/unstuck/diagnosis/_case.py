@@ -134,8 +134,14 @@ class Case:
 
     @cached_property
     def chance(self) -> float:
-        """The loss of knowing nothing of the inputs: the entropy of the labels, or the spread of the targets; else the
-        loss at the start."""
+        """The loss of knowing nothing of the inputs, or the loss at the start where that is not known."""
+        if self.guess is not None:
+            return self.guess
+        return max((x for x in self.losses[:10] if math.isfinite(x)), default=math.nan)
+
+    @cached_property
+    def guess(self) -> float | None:
+        """What guessing earns: the entropy of the labels, or the spread of the targets; None of any other loss."""
         known = [found for t in distinct(self.tapes)[-HELD_OUT:] if (found := _targets(t)) is not None]
         kinds = {kind for kind, _ in known}
         if kinds == {"cross_entropy"} or kinds == {"nll_loss"}:
@@ -148,8 +154,7 @@ class Case:
             if len({y.shape[1] for y in rows}) > 1:
                 rows = [y.reshape(-1, 1) for y in rows]
             return float(torch.cat(rows).var(0, correction=0).mean())
-        finite = [x for x in self.losses[:10] if math.isfinite(x)]
-        return max(finite, default=math.nan)
+        return None
 
 
 def _losses(run: Run) -> tuple[list[int], list[float]]:

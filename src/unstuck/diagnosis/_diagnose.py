@@ -21,7 +21,7 @@ from unstuck.diagnosis._findings import (
     RuledOut,
     Trial,
 )
-from unstuck.diagnosis._hypotheses import BLIND, DIVERGED, HYPOTHESES, MEASURES, STUCK, Hypothesis, symptom
+from unstuck.diagnosis._hypotheses import BLIND, DIVERGED, HYPOTHESES, MEASURES, STUCK, Hypothesis, at_chance, symptom
 from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, Remedy, run_trial
 from unstuck.objective import TapeError
@@ -208,9 +208,8 @@ def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
     because = max(reasons, key=reasons.__getitem__) if reasons else "no step could be recorded for replay"
     because = case.left_out or because
     level, rise = case["loss over chance"], case["rise of the loss"]
-    least = 0.8 if sign != DIVERGED else LASTING
-    number = sign != DIVERGED or (rise is not None and math.isfinite(rise.value))
-    if number and (level is None or level.value < least):  # the losses of a policy, or of a game, may well rise
+    blown_up = (rise is not None and math.isinf(rise.value)) or (level is not None and level.value >= LASTING)
+    if not (blown_up if sign == DIVERGED else at_chance(case)):  # the losses of a policy, or of a game, may well rise
         return _result(case.run, [], EXACT, dict.fromkeys(codes[len(EXACT) :], because))
     what = _blown_up(case) if sign == DIVERGED else "The loss is stuck at the level of chance"
     found = _unknown(case, f"{what}; the steps cannot be replayed: {because}.")

@@ -82,14 +82,26 @@ class Hypothesis:
 def symptom(case: Case) -> str | None:
     """What is wrong with the loss, if anything: without a symptom there is no verdict."""
     rise, level, dependence = case["rise of the loss"], case["loss over chance"], case["input dependence"]
-    at_chance = level is None or level.value > 0.8
-    if rise is not None and (math.isinf(rise.value) or (rise.value >= 10 and at_chance)):
+    high = level is None or level.value > 0.8
+    if rise is not None and (math.isinf(rise.value) or (rise.value >= 10 and high)):
         return DIVERGED
-    if dependence is not None and dependence.value < DEPENDS and level is not None and at_chance:
+    if dependence is not None and dependence.value < DEPENDS and at_chance(case):
         return BLIND
     trend = case["trend"]
     flat = trend is not None and (trend.value > -0.15 or trend.high > 0.3)
     return STUCK if flat and level is not None and level.value > 0.05 else None
+
+
+def at_chance(case: Case) -> bool:
+    """Whether the loss is no better than guessing.
+
+    Where it is not known what guessing earns, it must still be where it began: neither lower, nor, as that of a policy
+    or of a game often is, higher.
+    """
+    level = case["loss over chance"]
+    if level is None:
+        return False
+    return level.value > 0.8 if case.guess is not None else level.low > 0.8 and level.high < 1 / 0.8
 
 
 def _value(case: Case, name: str) -> float:
