@@ -208,6 +208,13 @@ class Watch:
         if self._losses:  # the step was left out: its gradients were not finite
             self._skipped += 1
             self._forget_losses()
+            recorder = self._deck.renew()  # what comes now is another step
+            if recorder is not None and self._skipped.bit_count() == 1:  # now and then: where the gradients went wrong
+                with self._deck.aside():
+                    tape = self._deck.compiled(recorder, self.steps + 1)
+                    slope = first_nonfinite_gradient(tape, self._leaves, self._name)
+                if slope is not None:
+                    self._fact("step-left-out", count=self._skipped, **slope)
 
     def backward_called(self, roots: list[Tensor]) -> None:
         for root in roots:
@@ -279,14 +286,17 @@ class Watch:
             tape = None
         if tape is not None:
             self._deck.keep(tape)
-            again = met_again(tape, self._models, self._kept(), self._leaves) if self._unexplained else None
+            again = (
+                met_again(tape, self._models, [*self._first, *self._recent], self._leaves)
+                if self._unexplained
+                else None
+            )
             if again is not None:  # the step at which it did the harm was not recorded, but it has come again
                 self._unexplained = False
                 self._fact(again[0], **again[1])
         cut = cut_off(recorder, optimizer)
         if cut:
-            function, line = recorder.cuts[0]
-            told = {"function": function, "line": line, "module": recorder.cut_in}
+            told = dict(zip(("function", "line"), recorder.cuts[0], strict=True), module=recorder.cut_in)
             self._counted("graph-cut", of=self.heard, names=[self._name(p) for p in cut], **told)
         lost = orphans(recorder, self._optimizers)
         if lost:
@@ -304,7 +314,7 @@ class Watch:
 
     def _blew_up(self, step: int, loss: float, tape: Tape | None) -> None:
         with self._deck.aside():
-            memory = {"tapes": self._deck.tapes, "states": self._kept()}
+            memory = {"tapes": self._deck.tapes, "states": [*self._first, *self._recent]}
             where = first_nonfinite(tape, self._leaves, self._name, step=step, **memory)
         self._unexplained = where["origin"] in ("unknown", "parameter") and "cause" not in where
         self._wanted = KEPT  # at once: the batch that did it may come again soon
@@ -368,11 +378,10 @@ class Watch:
             return
         self._record["loss"] = loss = sum([float(loss) for loss in self._losses])
         self._finite = math.isfinite(loss)
-        if "non-finite" in self._counts:
-            return
-        if not self._finite:  # now, while the weights are still those of the loss
+        told = "non-finite" in self._counts
+        if not (self._finite or told):  # now, while the weights are still those of the loss
             self._blew_up(self.steps + 1, loss, tape)
-        elif isinstance(norm := self._record.get("grad_norm"), float) and not math.isfinite(norm):
+        elif not told and isinstance(norm := self._record.get("grad_norm"), float) and not math.isfinite(norm):
             slope = first_nonfinite_gradient(tape, self._leaves, self._name)
             if slope is not None:
                 self._counted("non-finite", of=self.steps + 1, loss=loss, **slope)
@@ -420,9 +429,6 @@ class Watch:
 
     def _only(self) -> torch.optim.Optimizer | None:
         return self._optimizers[0] if len(self._optimizers) == 1 else None
-
-    def _kept(self) -> list[State]:
-        return [*self._first, *self._recent]
 
     def _bytes(self) -> int:
         return sum([p.nbytes for p in self._leaves])
