@@ -171,6 +171,26 @@ main()
     assert stderr[len(plain.stderr) :].count("\n") < 6
 
 
+def test_the_traceback_of_the_first_call_is_the_one_that_python_prints():
+    """A module that has hooks of its own shows them, and no other."""
+    write(
+        "train.py",
+        LOOP
+        + """
+model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 5), nn.Linear(3, 2))
+model[0].register_forward_hook(lambda *_: None)
+try:
+    model(torch.randn(4, 3))
+except RuntimeError:
+    model(torch.randn(4, 5))
+""",
+    )
+    plain = subprocess.run([sys.executable, "train.py"], capture_output=True, text=True)
+    assert plain.stderr.count("in inner") == 1
+    _, _, stderr = command("run", "train.py")
+    assert stderr.startswith(plain.stderr)
+
+
 def test_the_excepthook_of_the_script_is_asked():
     write(
         "train.py", "import sys\nsys.excepthook = lambda kind, *_: print('mine:', kind.__name__)\nraise KeyError(1)\n"

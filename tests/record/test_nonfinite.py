@@ -332,3 +332,20 @@ def test_a_call_that_fails_on_a_batch_is_told_when_the_batch_comes_again(tmp_pat
         "Step 65 shows it at the weights of step 0 as well: the first number that is not finite is in the output of"
         " layers.0.attn (softmax, " in finding.claim
     )
+
+
+def test_a_step_that_a_scaler_leaves_out_tells_where_its_gradients_stopped_being_finite(tmp_path):
+    f, x = layer()
+    optimizer = torch.optim.SGD(f.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    with unstuck.watch(f, optimizer, folder=tmp_path / "run", budget=100.0) as run:
+        for _ in range(40):
+            optimizer.zero_grad()
+            loss = (f(x) * 1e6).sin().mean()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    left_out = [e for e in run.facts if e["code"] == "step-left-out"]
+    assert [e["count"] for e in left_out] == [1, 2, 4, 8, 16]
+    assert [e["call"] for e in left_out] == [*["mul"] * 4, "linear"], "at last only the sum over the examples overflows"
+    assert [t.step for t in run.memory().tapes][:2] == [1, 2], "the steps that are taken have their own tapes"

@@ -96,6 +96,13 @@ class Deck:
         recorder.root([torch.zeros(2)])  # no loss: it stops to note what it still sees
         return None
 
+    def renew(self) -> Recorder | None:
+        """Records from here on, if it did before; the recorder that was on."""
+        recorder = self.silence()
+        if recorder is not None:
+            self.listen()
+        return recorder
+
     def close(self) -> None:
         """Stops to record for good."""
         for recorder in (self._recorder, self._stranded):

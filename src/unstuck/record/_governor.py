@@ -2,6 +2,8 @@
 
 import math
 
+PART = 1 / 12  # of the promised share, that each kind of reading may take
+
 
 class Clock:
     """When a reading is due that takes time: as often as its share allows, and no oftener than every `least` steps.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unstuck.record._governor import Clock
+from unstuck.record._governor import PART, Clock
 from unstuck.record._ranks import sharded
 
 UPDATE_EVERY = 10  # steps between two measurements of the update, at the least
@@ -29,8 +29,8 @@ class Pulses:
     def __init__(self, optimizer: torch.optim.Optimizer, budget: float) -> None:
         self._optimizer = optimizer
         self._whole = not sharded(optimizer)  # else no rank knows a norm
-        self._norms = Clock(budget / 8)
-        self._updates = Clock(budget / 8, least=UPDATE_EVERY)
+        self._norms = Clock(PART * budget)
+        self._updates = Clock(PART * budget, least=UPDATE_EVERY)
         self._step = 0  # that was last looked at
         self._seconds = 0.0  # of the update being measured
         self._census = False

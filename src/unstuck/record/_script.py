@@ -21,6 +21,7 @@ from unstuck.record._moments import Stopped, Tick, on_sigterm
 from unstuck.record._ranks import ranked
 from unstuck.record._run import Run
 from unstuck.record._runs import new_folder
+from unstuck.record._traces import direct
 from unstuck.record._watch import Watch
 
 WATCHER = tuple(str(Path(__file__).parents[1] / room) for room in ("record", "objective"))  # whose frames are ours
@@ -280,6 +281,6 @@ def _cleaned(trace: TracebackType | None) -> TracebackType | None:
             kept[-2:] = []  # and the function that asked for it: it comes again, below ours
         trace = trace.tb_next
     clean: TracebackType | None = None
-    for one in reversed(kept):
-        clean = TracebackType(clean, one.tb_frame, one.tb_lasti, one.tb_lineno)
+    for place in reversed(list(direct(kept))):
+        clean = TracebackType(clean, *place)
     return clean

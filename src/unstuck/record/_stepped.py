@@ -2,7 +2,7 @@
 
 import torch
 
-from unstuck.record._governor import Clock
+from unstuck.record._governor import PART, Clock
 from unstuck.record._pulses import Pulses
 
 FIRST_LOOKS = 32  # steps of an optimiser that are looked at closely whatever it takes
@@ -21,13 +21,16 @@ class Stepped:
         self.pulses = Pulses(optimizer, budget)
         self.closely = True
         self.steps = 0
-        self._looks = Clock(budget / 8)
+        self._looks = Clock(PART * budget)
+        self._next = FIRST_LOOKS  # step that is looked at
 
     def took_step(self, seconds: float, pace: float, *, closely: bool) -> None:
         """A step was taken; to look at it closely took so many seconds, or 0 where that tells nothing."""
         self.steps += 1
-        if closely and seconds and self.steps > 1:  # the first sets things up
-            self._looks.took(self.steps, seconds, pace)
-        # now and then a little later, lest a habit that the loop repeats is always met at one place
-        late = (self.steps * 2654435761 >> 16) % (self._looks.every // 2 + 1)
-        self.closely = self._looks.due(self.steps + 1 - late) or self.steps < FIRST_LOOKS or self.pulses.compares
+        if closely and self.steps >= FIRST_LOOKS - 1:
+            if seconds:
+                self._looks.took(self.steps, seconds, pace)
+            # now and then a little later, lest a habit that the loop repeats is always met at one place
+            late = (self.steps * 2654435761 >> 16) % (self._looks.every // 2 + 1)
+            self._next = self.steps + (1 if self.pulses.compares else self._looks.every + late)
+        self.closely = self.steps + 1 >= self._next or self.steps + 1 < FIRST_LOOKS

@@ -10,7 +10,7 @@ import torch
 
 from unstuck.objective import Tape, TapeError, pack
 from unstuck.record._deck import Deck
-from unstuck.record._governor import Clock
+from unstuck.record._governor import PART, Clock
 from unstuck.record._models import Leaves
 from unstuck.record._ranks import ranked
 from unstuck.record._run import TAPES
@@ -30,7 +30,7 @@ class Store:
         self._path = folder / ranked(TAPES, rank)
         self._leaves = leaves
         self._deck = deck
-        self._clock = Clock(budget / 8, SNAPSHOT_EVERY)
+        self._clock = Clock(PART * budget, SNAPSHOT_EVERY)
         self._first: list[State] = []  # unless it is large
         self._recent: deque[State] = deque(maxlen=2)
         self._shelf: Shelf | None = Shelf(folder, rank)

@@ -179,6 +179,16 @@ class Watch:
             self._skipped += 1
             self._losses.clear()
             self._scaled.clear()
+            recorder = self._deck.renew()  # what comes now is another step
+            if recorder is not None and self._skipped.bit_count() == 1:  # now and then: where the gradients went wrong
+                self._tell_left_out(recorder)
+
+    def _tell_left_out(self, recorder: Recorder) -> None:
+        with self._deck.aside():
+            tape = self._deck.compiled(recorder, self.steps + 1)
+            slope = first_nonfinite_gradient(tape, self._leaves.tensors, self._leaves.name)
+        if slope is not None:
+            self._fact("step-left-out", count=self._skipped, **slope)
 
     def backward_called(self, roots: tuple[Tensor, ...]) -> None:
         listening = self._deck.listening
