@@ -286,7 +286,7 @@ class Watch:
         if self._cost:
             self._cost += time.perf_counter() - began
         if self._store.due(self.steps):
-            self._journal.settle()  # whether the loss is finite may still lie on a device
+            self.flush()  # whether the loss is finite may still lie on a device
             self._remember()
 
     def _plan(self) -> None:
