@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -55,8 +56,9 @@ def process(*args, env=None, stdin=""):
 
 def silent_and_unchanged(script, args, *, by_hand=False):
     """Runs a script to its end twice, as Python does and watched."""
-    plain = process(sys.executable, script, *args, "--save", "plain.pt")
-    watched = process(sys.executable, "-c", WATCHED, "run", script, *args, "--save", "watched.pt")
+    ways = (script, *args, "--save", "plain.pt"), ("-c", WATCHED, "run", script, *args, "--save", "watched.pt")
+    with ThreadPoolExecutor() as pool:  # beside each other: a framework takes long to import
+        plain, watched = pool.map(lambda way: process(sys.executable, *way), ways)
     assert (plain.returncode, watched.returncode) == (0, 0), plain.stderr + watched.stderr
     assert said(watched.stdout) == said(plain.stdout)
     assert len(said(plain.stdout)) > 0

@@ -10,11 +10,11 @@ from script_runs import SCRIPTS, silent_and_unchanged
 
 CASES = {
     "hf_trainer": ("transformers", ""),  # accumulation, evaluation on the way, a schedule
-    "hf_trainer bfloat16": ("transformers", "--bf16"),
+    "hf_trainer bfloat16": ("transformers", "--bf16 --steps 80"),
     "accelerate_loop": ("accelerate", ""),
-    "accelerate_loop bfloat16": ("accelerate", "--mixed_precision bf16 --epochs 4"),
+    "accelerate_loop bfloat16": ("accelerate", "--mixed_precision bf16 --epochs 3"),
     "lightning_fit": ("lightning", ""),
-    "lightning_fit bfloat16": ("lightning", "--precision bf16-mixed"),
+    "lightning_fit bfloat16": ("lightning", "--precision bf16-mixed --steps 120"),
     "lightning_fit manual": ("lightning", "--manual"),
 }
 
