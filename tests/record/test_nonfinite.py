@@ -346,6 +346,6 @@ def test_a_step_that_a_scaler_leaves_out_tells_where_its_gradients_stopped_being
             scaler.step(optimizer)
             scaler.update()
     left_out = [e for e in run.facts if e["code"] == "step-left-out"]
-    assert [e["count"] for e in left_out] == [1, 2, 4, 8, 16]
-    assert [e["call"] for e in left_out] == [*["mul"] * 4, "linear"], "at last only the sum over the examples overflows"
+    assert [e["count"] for e in left_out] == [4, 16]
+    assert [e["call"] for e in left_out] == ["mul", "linear"], "at last only the sum over the examples overflows"
     assert [t.step for t in run.memory().tapes][:2] == [1, 2], "the steps that are taken have their own tapes"
