@@ -14,8 +14,9 @@ export OMP_NUM_THREADS ?= 1
 demo: $(READY)
 	$(BIN)/unstuck demo $(FAULT)
 
+# Two at a time: most of the time goes to one processor. One alone: make test WORKERS=0
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(or $(WORKERS),2) --dist loadfile
 
 # Hugging Face and Lightning in an environment of their own; where they cannot be installed the tests are skipped, aloud.
 test-frameworks: $(READY)

@@ -78,6 +78,7 @@ class Watch:
         self.heard = 0  # steps that a recorder was on for
         self._ticks = None if tick is None else Ticks(tick, Run(self.folder, live=self, rank=self.rank))
         self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
+        self._hurry = False  # whether they are wanted at once
         self._turns = Turns(ranks())
         self._alarm = Alarm()
         self._pace = 0.0  # seconds of a step without us, the latest counting most
@@ -262,7 +263,7 @@ class Watch:
         self._scaled.clear()
         if self._closely:
             self._look_after(stepped, record)
-        elif not self._turns.alone:  # they come at steps of their own
+        elif self._hurry or not self._turns.alone:  # turns come at steps of their own
             self._plan()
         self._hooks.order.clear()
         self._journal.add(record)
@@ -291,6 +292,7 @@ class Watch:
 
     def _plan(self) -> None:
         """Whether the next step is recorded, and whether the run is saved as it stands."""
+        self._hurry = False
         elapsed, spent = self._elapsed(), self._spent()
         steps, time_then, spent_then = self._last
         pace = (elapsed - time_then - (spent - spent_then)) / (self.steps - steps)
@@ -338,8 +340,8 @@ class Watch:
 
     def _look(self, step: int, loss: float) -> None:
         """Is told the loss of each step, a little later."""
-        if self._alarm.rings(loss):
-            self._wanted = KEPT
+        if self._alarm.rings(loss):  # a step's batch stays one of the run's: those of late need not come anew
+            self._wanted, self._hurry = KEPT - sum(4 * t.step > step for t in self._deck.tapes), True
         self._finite = math.isfinite(loss)
         if not self._finite and "non-finite" not in self._counts:  # else it was seen while the weights were its own
             tape = next((t for t in self._deck.tapes if t.step == step), None)
@@ -350,7 +352,7 @@ class Watch:
             memory = {"tapes": self._deck.tapes, "states": self._store.states}
             where = first_nonfinite(tape, self._leaves.tensors, self._leaves.name, step=step, **memory)
         self._unexplained = where["origin"] in ("unknown", "parameter") and "cause" not in where
-        self._wanted = KEPT  # at once: the batch that did it may come again soon
+        self._wanted, self._hurry = KEPT, True  # the batch that did it may come again soon
         self._counted("non-finite", of=step, step=step, loss=loss, **where)
 
     def _blew_up_backward(self, tape: Tape | None) -> None:
