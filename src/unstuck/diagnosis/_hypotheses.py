@@ -15,6 +15,7 @@ from unstuck.record import State
 INF = math.inf
 DIVERGED, BLIND, STUCK = "diverged", "blind", "stuck"  # symptoms
 DEPENDS = structure.DEPENDS
+STEEP = 3.0  # λ₁η from which on neither noise nor a healthy run is met (measured: bouncing 2 to 145, noise below 0.7)
 GENUINE = 0.05  # a saddle leads down to both sides by this share of the loss
 
 MEASURES: dict[str, Measure] = {
@@ -204,7 +205,11 @@ def _noisy(case: Case) -> str:
 
 def _lowered(case: Case) -> list[Remedy]:
     arms = [remedies.rate(case.state, 1 / k, least=remedies.SLIGHTLY) for k in (3, 10)]
-    return arms if motion.repeats_one_batch(case) else [*arms, remedies.larger_batch(4)]
+    if motion.repeats_one_batch(case):
+        return arms
+    # it helps a step that the curvature makes bounce as well as one that noise does: λ₁η tells them apart
+    cause = "lr-bounces" if _value(case, "curvature × rate") >= STEEP else "noise-floor"
+    return [*arms, remedies.larger_batch(4, proves=cause)]
 
 
 BLINDNESS = Prediction(
