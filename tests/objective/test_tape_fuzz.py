@@ -259,11 +259,11 @@ def judged(text, *, like=()):
         return "refused", None
     for nudge in (0, 0.02, 0.3):
         script = weights(nudge)
+        values = [p.detach().clone().requires_grad_() for p in script]  # which a branch may write into
         try:
             expected = execute(code, script)[0]
         except (RuntimeError, IndexError, NameError, TypeError):
             continue
-        values = [p.detach().clone().requires_grad_() for p in script]
         try:
             found = tape.replay(values)
         except TapeError:
