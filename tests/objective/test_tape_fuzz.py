@@ -257,13 +257,17 @@ def judged(text, *, like=()):
     except TapeError as error:
         assert "could not be recorded" not in str(error) or "view" in str(error), f"{error}\n{text}"
         return "refused", None
+    # A tape is a function of the weights as the step leaves them: it may write into them before it uses them. Where the
+    # recorded path does not, a branch that other weights take may, afterwards.
+    writes = any(not torch.equal(p, q) for p, q in zip(leaves, weights(0), strict=True))
     for nudge in (0, 0.02, 0.3):
         script = weights(nudge)
-        values = [p.detach().clone().requires_grad_() for p in script]  # which a branch may write into
+        before = [p.detach().clone() for p in script]
         try:
             expected = execute(code, script)[0]
         except (RuntimeError, IndexError, NameError, TypeError):
             continue
+        values = [p.detach().clone().requires_grad_() for p in (script if writes else before)]
         try:
             found = tape.replay(values)
         except TapeError:
