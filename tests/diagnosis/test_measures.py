@@ -1,6 +1,7 @@
 """Every quantity against its closed form, a dense matrix, or the same number computed from the raw tensors."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -87,13 +88,13 @@ def regress(folder, X, y, make, steps=30):
     w = torch.zeros(X.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = make([w])
 
-    def loop():
+    def train(steps):
         for _ in range(steps):
             optimizer.zero_grad()
             F.mse_loss(X @ w, y).backward()
             optimizer.step()
 
-    return case(recorded(folder, loop)), w, optimizer
+    return case(recorded(folder, lambda: train(steps))), w, optimizer, train
 
 
 class TestCurvatureTimesRate:
@@ -126,12 +127,31 @@ class TestCurvatureTimesRate:
         self, tmp_path, make, second_moment, correction
     ):
         X, y = regression()
-        known, w, optimizer = regress(tmp_path, X, y, make)
+        known, w, optimizer, train = regress(tmp_path, X, y, make)
         H = oracles.linear_regression(X, y, w.detach())[2]
         group = optimizer.param_groups[0]
-        root = (group["lr"] / ((optimizer.state[w][second_moment] / correction(30)).sqrt() + group["eps"])).sqrt()
-        dense = torch.linalg.eigvalsh(root[:, None] * H * root)
-        assert known["curvature × rate"].value == pytest.approx(float(dense[-1]), rel=0.05)
+
+        def dense(steps):
+            moment = optimizer.state[w][second_moment] / correction(steps)
+            root = (group["lr"] / (moment.sqrt() + group["eps"])).sqrt()
+            return float(torch.linalg.eigvalsh(root[:, None] * H * root)[-1])
+
+        moments = [dense(30)]
+        for k in range(35, 55, 5):  # the run itself goes on, where the measure takes the next steps on a copy
+            train(5)
+            moments.append(dense(k))
+        found = known["curvature × rate"]
+        assert found.value == pytest.approx(statistics.median(moments), rel=0.05)
+        assert found.n == 5
+        assert found.low <= min(moments) * 1.05
+        assert found.high >= max(moments) * 0.95
+
+    def test_where_the_next_steps_blow_up_it_is_that_of_those_before(self, tmp_path):
+        X, y = regression()
+        found = regress(tmp_path, X, y, lambda p: torch.optim.SGD(p, lr=1e40), steps=3)[0]["curvature × rate"]
+        H = oracles.linear_regression(X, y, torch.zeros(5, dtype=torch.float64))[2]
+        assert found.value == pytest.approx(1e40 * float(torch.linalg.eigvalsh(H)[-1]), rel=0.05)
+        assert found.n == 1
 
     def test_a_frozen_parameter_adds_nothing(self, tmp_path):
         X, y = regression()

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,11 +15,12 @@ from unstuck.diagnosis._findings import Evidence
 from unstuck.diagnosis._structure import mean_loss
 from unstuck.diagnosis._trial import STEPS
 from unstuck.objective import Tape
-from unstuck.record import Optimizer, State
+from unstuck.record import State
 
 CAP = 4096.0  # the largest multiple of an update that is tried
 WINDOW = 1 / 3  # of the run, at its end: the stretch over which the loss must have stopped falling
 BLOCKS = 12
+MOMENTS, APART = 5, 5  # at which the curvature is measured, and the steps between two of them
 
 
 def trend(case: Case) -> Evidence | None:
@@ -71,7 +72,7 @@ def rise(case: Case) -> Evidence | None:
 
 def update(state: State, tape: Tape) -> list[Tensor]:
     """What the run's optimiser, with its state, would do to the weights on a tape."""
-    leaves = [w.detach().clone().requires_grad_(w.is_floating_point()) for w in state.weights]
+    leaves = _leaves(state)
     optimizer = rebuilt(state, leaves)
     tape.replay(leaves).backward()
     optimizer.step()
@@ -149,46 +150,80 @@ def drift_gain(case: Case) -> Evidence | None:
 
 
 def curvature_times_rate(case: Case) -> Evidence | None:
-    """λ₁ of the Hessian, preconditioned as the optimiser does, times the effective rate: 2 is the edge of stability."""
-    return _curvature_times_rate(case, case.state, "curvature × rate")
+    """λ₁ of the Hessian, preconditioned as the optimiser does, times the effective rate: 2 is the edge of stability.
+
+    The median over a few moments: the run's own, and those of its next steps, for where the weights are thrown about
+    the curvature of one moment can be a tenth of that of the next.
+    """
+    if case.state is None or case.state.optimizer is None or not case.fixed:
+        return None
+    moments = _onward(case, case.state)
+    return _steepness("curvature × rate", [_curvature_times_rate(case, *moment) for moment in moments])
 
 
 def curvature_at_the_start(case: Case) -> Evidence | None:
     """The same before the first step, where an adaptive optimiser has no preconditioner yet."""
-    return _curvature_times_rate(case, case.start, "curvature × rate at the start")
-
-
-def _curvature_times_rate(case: Case, state: State | None, name: str) -> Evidence | None:
+    state = case.start
     if state is None or state.optimizer is None or not case.fixed:
         return None
-    objective = case.objective(case.fixed, state.weights)
+    weights = _leaves(state)
+    return _steepness(
+        "curvature × rate at the start", [_curvature_times_rate(case, weights, rebuilt(state, weights))]
+    )
+
+
+def _steepness(name: str, found: Sequence[tuple[float, float] | None]) -> Evidence | None:
+    known = [f for f in found if f is not None]
+    if not known:
+        return None
+    low, high = min(value - error for value, error in known), max(value + error for value, error in known)
+    middle = statistics.median(value for value, _ in known)
+    return Evidence(name, middle, low, high, len(known), "λ₁η: above 2 a step overshoots and climbs")
+
+
+def _onward(case: Case, state: State) -> Iterator[tuple[list[Tensor], torch.optim.Optimizer]]:
+    """A copy of the run now, and after some of its next steps, which repeat recorded batches; while it stays finite."""
+    weights = _leaves(state)
+    optimizer = rebuilt(state, weights)
+    for k in range(APART * (MOMENTS - 1) + 1):
+        if k % APART == 0:
+            yield weights, optimizer
+        optimizer.zero_grad()
+        loss = case.tapes[k % len(case.tapes)].replay(weights)
+        if not bool(loss.isfinite()):
+            return
+        loss.backward()
+        optimizer.step()
+
+
+def _leaves(state: State) -> list[Tensor]:
+    return [w.detach().clone().requires_grad_(w.is_floating_point()) for w in state.weights]
+
+
+def _curvature_times_rate(
+    case: Case, weights: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[float, float] | None:
+    """λ₁η with its error bar at one moment; None where the optimiser's rates cannot be read."""
+    objective = case.objective(case.fixed, [w.detach() for w in weights])
     used = sorted({k for t in case.fixed for k in t.program.reads()})
-    rates = [_rates(state.optimizer, k) for k in used]
+    rates = [_rates(optimizer, weights[k]) for k in used]
     known = [r for r in rates if r is not None]
     if len(known) < len(rates):
         return None
-    each = (r.flatten().expand(state.weights[k].numel()) for r, k in zip(known, used, strict=True))
+    each = (r.flatten().expand(weights[k].numel()) for r, k in zip(known, used, strict=True))
     root = torch.cat([r.to(objective.device) for r in each]).sqrt().to(objective.dtype)
     H = hessian(objective)
     A = replace(H, matvec=lambda v: root * (H @ (root * v)))
     pairs = eigenpairs(A, largest=1, smallest=1, tol=0.05, max_products=40, generator=torch.Generator().manual_seed(0))
-    value, error = float(pairs.values.max()), float(pairs.errors[pairs.values.argmax()])
-    return Evidence(
-        name,
-        value,
-        value - error,
-        value + error,
-        len(case.fixed),
-        "λ₁η: above 2 a step overshoots and climbs",
-    )
+    return float(pairs.values.max()), float(pairs.errors[pairs.values.argmax()])
 
 
-def _rates(optimizer: Optimizer, parameter: int) -> Tensor | None:
+def _rates(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None:
     """The effective rate of a parameter's entries: η, over 1 − β with momentum, over √v̂ + ε with Adam and its kin.
 
     None where the optimiser keeps what we cannot read a rate from.
     """
-    group = next((g for g, m in zip(optimizer.groups, optimizer.members, strict=True) if parameter in m), None)
+    group = next((g for g in optimizer.param_groups if any(p is parameter for p in g["params"])), None)
     if group is None:
         return torch.zeros(1)
     rate = float(group.get("lr", 0.0))
