@@ -237,7 +237,7 @@ def _rates(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None
         return rate / (moment.sqrt() + group["eps"])
     if set(kept) <= {"step", "sum"} and "sum" in kept:  # Adagrad
         return rate / (1 + (float(kept["step"]) - 1) * group["lr_decay"]) / (kept["sum"].sqrt() + group["eps"])
-    return torch.full((1,), rate) if set(kept) <= {"step", "momentum_buffer"} else None
+    return torch.full((1,), rate, dtype=torch.float64) if set(kept) <= {"step", "momentum_buffer"} else None
 
 
 def repeats_one_batch(case: Case) -> bool:
