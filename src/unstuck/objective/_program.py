@@ -281,6 +281,8 @@ def _run(call: Instruction, args: tuple[Any, ...], kwargs: dict[str, Any], state
     ):  # or a later call would write into what it saves
         args = (args[0], *(x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in args[1:]))
         kwargs = {k: x.clone() if k.startswith("running_") and x is not None else x for k, x in kwargs.items()}
+    # torch takes a view for a leaf if its base was written into and nobody has asked for its grad_fn since
+    _ = getattr(args[0], "grad_fn", None) if args else None
     try:
         return _SMOOTH.get(call.name, call.function)(*args, **kwargs)
     except torch.OutOfMemoryError:
