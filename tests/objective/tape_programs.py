@@ -203,10 +203,21 @@ def rows_written_into_a_buffer():
         for t in range(5):
             last = cell(x[t], last)
             out[t] = last
-        out.mul_(0.5)
         backward(out.pow(2).mean() + out[-1].sum() / 10)
 
     return list(cell.parameters()), step
+
+
+def a_buffer_written_and_scaled_in_place():
+    x, layer = torch.randn(4, 3), nn.Linear(3, 3)
+
+    def step(backward):
+        buffer = x.clone()
+        buffer[:2] = layer(x)[2:]
+        buffer.mul_(0.5)
+        backward(buffer.pow(2).mean())
+
+    return list(layer.parameters()), step
 
 
 def a_view_of_a_buffer_written_and_the_buffer_read():
@@ -453,6 +464,7 @@ PROGRAMS = {
         accumulation_with_logging,
         inplace_everywhere,
         rows_written_into_a_buffer,
+        a_buffer_written_and_scaled_in_place,
         a_view_of_a_buffer_written_and_the_buffer_read,
         statistics_by_hand,
         codebook_moved_through_data,
