@@ -63,6 +63,18 @@ def evaluates_then_trains(f, x, backward, *, at_once):
     backward(first + second if at_once else second)
 
 
+def buffer_rectified(f, x, backward, *, late):
+    """A buffer of NumPy's that the step adds to is rectified through .data, before or after f has seen it."""
+    buffer = torch.from_numpy(x.numpy().copy())
+    buffer.add_(f(x).detach().mean())
+    if late:
+        F.relu(buffer.data, True)
+    h = f(buffer)
+    if not late:
+        F.relu(buffer.data, True)
+    backward(h.square().sum())
+
+
 @pytest.mark.parametrize(
     ("reason", "body"),
     [
@@ -80,6 +92,7 @@ def evaluates_then_trains(f, x, backward, *, at_once):
             ),
         ),
         ("NumPy", lambda f, x, backward: (h := f(x), F.relu(x.data, True), backward(h.sum()))),
+        ("NumPy", lambda f, x, backward: buffer_rectified(f, x, backward, late=False)),
         ("gradient was read", lambda f, x, backward: (backward(f(x).sum()), f.zero_grad(), backward(f(x).exp().sum()))),
         (
             "gradient was read",
@@ -99,6 +112,7 @@ def test_what_autograd_does_not_see_is_refused_with_the_reason(reason, body):
     "body",
     [
         lambda f, x, backward: numpy_buffer(f, backward, late=True),
+        lambda f, x, backward: buffer_rectified(f, x, backward, late=True),
         lambda f, x, backward: (backward(f(x).exp().sum()), overwritten(x.numpy())),
         lambda f, x, backward: (h := f(x), s := h.exp().sum(), h.detach().numpy().sum(), backward(s)),
         lambda f, x, backward: evaluates_then_trains(f, x, backward, at_once=False),

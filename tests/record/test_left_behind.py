@@ -285,3 +285,67 @@ def test_a_training_that_changes_the_working_directory_leaves_its_run_where_it_w
     assert (run.steps, run.outcome) == (3, "finished")
     assert run.memory() is not None
     assert [p.name for p in tmp_path.rglob("*.pt")] == ["tapes.pt"]
+
+
+def test_after_a_step_that_raised_the_steps_of_another_optimiser_are_seen(tmp_path):
+    w = torch.ones(3, requires_grad=True)
+    one, other = torch.optim.LBFGS([w], lr=0.1), torch.optim.SGD([w], lr=0.1)
+
+    def closure():
+        raise KeyError("a batch that is not there")
+
+    with unstuck.watch(folder=tmp_path / "run") as run:
+        with pytest.raises(KeyError):
+            one.step(closure)
+        for _ in range(5):
+            other.zero_grad()
+            w.square().sum().backward()
+            other.step()
+    assert run.steps == 5
+
+
+def test_a_step_within_the_step_of_another_optimiser_is_a_part_of_that(tmp_path):
+    class Slow(torch.optim.SGD):
+        def __init__(self, parameters, inner):
+            super().__init__(parameters, lr=0.5)
+            self.inner = inner
+
+        def step(self, closure=None):
+            self.inner.step()
+            return super().step(closure)
+
+    w = torch.ones(3, requires_grad=True)
+    optimizer = Slow([w], torch.optim.Adam([w], lr=0.1))
+    with unstuck.watch(folder=tmp_path / "run") as run:
+        for _ in range(5):
+            optimizer.zero_grad()
+            w.square().sum().backward()
+            optimizer.step()
+    assert run.steps == 5
+    assert {entry["name"] for entry in run.of("optimizer")} == {f"{Slow.__module__}.{Slow.__qualname__}"}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda: torch.autograd.backward(), lambda: torch.autograd.backward(None), lambda: torch.autograd.backward([])],
+    ids=["no", "None", "empty"],
+)
+def test_a_wrong_call_of_backward_is_answered_as_torch_does(tmp_path, call):
+    def answer():
+        try:
+            return repr(call())
+        except Exception as error:
+            return f"{type(error)} {error}"
+
+    plain = answer()
+    with unstuck.watch(folder=tmp_path / "run"):
+        assert answer() == plain
+
+
+def test_a_root_given_by_name_is_the_loss(tmp_path):
+    w = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    with unstuck.watch(folder=tmp_path / "run") as run:
+        torch.autograd.backward(tensors=[(w * 2).sum()])
+        optimizer.step()
+    assert run.series("loss") == ([1], [6.0])

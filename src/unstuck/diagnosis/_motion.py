@@ -167,9 +167,7 @@ def curvature_at_the_start(case: Case) -> Evidence | None:
     if state is None or state.optimizer is None or not case.fixed:
         return None
     weights = _leaves(state)
-    return _steepness(
-        "curvature × rate at the start", [_curvature_times_rate(case, weights, rebuilt(state, weights))]
-    )
+    return _steepness("curvature × rate at the start", [_curvature_times_rate(case, weights, rebuilt(state, weights))])
 
 
 def _steepness(name: str, found: Sequence[tuple[float, float] | None]) -> Evidence | None:

@@ -63,8 +63,8 @@ class Shared:
         return any(map(_differs, self._seen.values()))
 
 
-def saved(root: Tensor) -> Iterator[Tensor]:
-    """The tensors that autograd has saved for the backward pass of `root`."""
+def saved(root: Tensor) -> Iterator[tuple[Any, Tensor]]:
+    """The tensors that autograd has saved for the backward pass of `root`, and the nodes that hold them."""
     seen: set[Any] = set()
     todo = [root.grad_fn]
     while todo:
@@ -76,7 +76,7 @@ def saved(root: Tensor) -> Iterator[Tensor]:
         for name in dir(node):
             if name.startswith("_saved_"):
                 with contextlib.suppress(RuntimeError):  # freed, or changed so that autograd will say so itself
-                    yield from tensors(getattr(node, name))
+                    yield from ((node, tensor) for tensor in tensors(getattr(node, name)))
 
 
 def _differs(seen: _Seen) -> bool:

@@ -46,6 +46,7 @@ class Values:
         self.changes: dict[int, int] = {}  # writes into parameters, by slot
         self.evaluated: dict[int, list[weakref.ref[Call]]] = {}  # calls by the running statistics that they use
         self.apart: dict[int, StorageWeakRef] = {}  # memory that is also seen through .data
+        self.behind: dict[int, int] = {}  # such memory that was written into, and the first node of the graph after it
         self.shared: Shared | None = None  # values of the step that NumPy sees
         self.exposed = False  # whether NumPy has got a value of the step
         self.roots: list[Call] = []  # backward() calls
@@ -183,7 +184,11 @@ class Values:
             and taken.version == version_of(taken.tensor)
             and not torch.equal(taken.before, taken.tensor)
         }
-        return bool(unseen) and any(memory_of(tensor) in unseen for tensor in saved(root))
+        behind = self.behind
+        return bool(unseen or behind) and any(
+            (key := memory_of(tensor)) in unseen or (key in behind and made_before(node, behind[key]))
+            for node, tensor in saved(root)
+        )
 
     def _watch(self, tensor: Tensor) -> None:
         """Keeps what the memory of a value of the step holds, since NumPy may write into it."""
@@ -312,13 +317,19 @@ class Values:
             self._crowded = max(16, 2 * len(self.written))
         before = self._last_write(tensor)
         base, tracked = (None, False) if before is None else (before.base, before.tracked)
-        if base is None and key in self.apart and not self.apart[key].expired():
-            self.refuse(f"{call.name}() writes into a value whose .data was taken: autograd may not see it")
-            return
+        if key in self.apart and not self.apart[key].expired():
+            self._note_write_behind(call, key, base)
         storage = before.storage if before is not None else StorageWeakRef(tensor.untyped_storage())
         self.written[key] = Written(storage, call, base, tracked=tracked or tensor.requires_grad)
         if self.shared is not None:
             self.shared.renew(tensor)
+
+    def _note_write_behind(self, call: Call, key: int, base: Taken | None) -> None:
+        """A call writes into memory that is also seen through .data, where autograd may not see it."""
+        if base is None:
+            self.refuse(f"{call.name}() writes into a value whose .data was taken: autograd may not see it")
+        else:
+            self.behind[key] = next_node()
 
     def _change(self, slots: Sequence[int]) -> None:
         for slot in slots:

@@ -9,6 +9,7 @@ from torch import Tensor
 from unstuck.objective import Recorder
 from unstuck.record._pulses import together
 from unstuck.record._ranks import in_pieces
+from unstuck.record._state import moved
 
 _Left = tuple[Tensor, "weakref.ref[Tensor]", int]  # a parameter, its gradient and the version of that
 
@@ -24,9 +25,9 @@ class StaleGradients:
         self._stale: dict[int, Tensor | None] = {}  # by optimiser: whether they are, 0-d, read only where it matters
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
-        moved = (p for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
+        used = (p for p in moved(optimizer) if p.grad is not None)
         self.left[id(optimizer)] = [
-            (p, weakref.ref(p.grad), p.grad._version) for p, _ in zip(moved, range(self.WATCHED), strict=False)
+            (p, weakref.ref(p.grad), p.grad._version) for p, _ in zip(used, range(self.WATCHED), strict=False)
         ]
         self._stale[id(optimizer)] = None
 
@@ -81,16 +82,16 @@ def cut_off(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[Tensor
     """Parameters that the step computed with and the optimiser moves, but that no gradient reaches."""
     if not recorder.cuts:
         return []
-    moved = {id(p) for g in optimizer.param_groups for p in g["params"]}
+    own = {id(p) for p in moved(optimizer)}
     used = [recorder.leaves[k] for k in sorted(recorder.used)]
-    return _whole([p for p in used if id(p) in moved and p.requires_grad and p.grad is None], recorder)
+    return _whole([p for p in used if id(p) in own and p.requires_grad and p.grad is None], recorder)
 
 
 def orphans(recorder: Recorder, optimizers: Sequence[torch.optim.Optimizer]) -> list[Tensor]:
     """Parameters that receive a gradient and that no optimiser moves."""
-    moved = {id(p) for o in optimizers for g in o.param_groups for p in g["params"]}
+    own = {id(p) for o in optimizers for p in moved(o)}
     used = [recorder.leaves[k] for k in sorted(recorder.used)]
-    return _whole([p for p in used if p.requires_grad and p.grad is not None and id(p) not in moved], recorder)
+    return _whole([p for p in used if p.requires_grad and p.grad is not None and id(p) not in own], recorder)
 
 
 def _whole(found: list[Tensor], recorder: Recorder) -> list[Tensor]:

@@ -97,9 +97,9 @@ class Hooks:
         seen = self._guarded(called)
 
         @functools.wraps(original)
-        def backward(tensors: Any = None, *args: Any, **kwargs: Any) -> Any:
-            seen(tensors)
-            return original(tensors, *args, **kwargs)
+        def backward(*args: Any, **kwargs: Any) -> Any:
+            seen(args[0] if args else kwargs.get("tensors"))
+            return original(*args, **kwargs)
 
         return _exchange(torch.autograd, "backward", original, backward)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unstuck.record._governor import PART, Clock
 from unstuck.record._ranks import sharded
+from unstuck.record._state import moved
 
 UPDATE_EVERY = 10  # steps between two measurements of the update, at the least
 CENSUS_EVERY = 200  # steps between two that are told tensor by tensor
@@ -50,8 +51,8 @@ class Pulses:
     def _read(self, pace: float, *, norm_due: bool, update_due: bool) -> dict[str, Any]:
         began = perf_counter()
         found: dict[str, Any] = {}
-        moved = [p for g in self._optimizer.param_groups for p in g["params"]]
-        slopes = [p.grad for p in moved if p.grad is not None and not p.grad.is_sparse]
+        weights = moved(self._optimizer)
+        slopes = [p.grad for p in weights if p.grad is not None and not p.grad.is_sparse]
         if norm_due or update_due:
             self._gradients = norms(slopes)
             found["grad_norm"] = total(self._gradients)
@@ -62,7 +63,7 @@ class Pulses:
         if update_due:
             began = perf_counter()
             self._census = self._step <= 2 or self._step % CENSUS_EVERY < self._updates.every
-            self._before = [p.clone() for p in _sampled(moved)]
+            self._before = [p.clone() for p in _sampled(weights)]
             self._slopes = [s.clone() for s in _sampled(slopes)]
             self._seconds = 2 * (perf_counter() - began)  # with the cosine of the next step
         return found
@@ -81,16 +82,16 @@ class Pulses:
         """What the step has done to the weights, where that is measured."""
         before, self._before = self._before, []
         began = perf_counter()
-        moved = [p for g in self._optimizer.param_groups for p in g["params"]]
-        after = _sampled(moved)
+        weights = moved(self._optimizer)
+        after = _sampled(weights)
         found: dict[str, Any] = {}
         if [a.shape for a in after] == [b.shape for b in before]:  # else the step has exchanged some
-            shares = [len(b) / max(p.numel(), 1) for p, b in zip(moved, before, strict=True)]
-            weights, updates = norms(before), norms(torch._foreach_sub(after, before))
-            found["weight_norm"] = total(weights, shares)
+            shares = [len(b) / max(p.numel(), 1) for p, b in zip(weights, before, strict=True)]
+            lengths, updates = norms(before), norms(torch._foreach_sub(after, before))
+            found["weight_norm"] = total(lengths, shares)
             found["update_ratio"] = _ratio(total(updates, shares), found["weight_norm"])
             if self._census:
-                found["tensors"] = {"weight": weights, "gradient": self._gradients, "update": updates}
+                found["tensors"] = {"weight": lengths, "gradient": self._gradients, "update": updates}
         self._updates.took(self._step, self._seconds + perf_counter() - began, pace)
         return found
 

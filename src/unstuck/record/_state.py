@@ -55,6 +55,11 @@ class Optimizer:
         return built
 
 
+def moved(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The parameters that an optimiser moves, group by group."""
+    return [p for g in optimizer.param_groups for p in g["params"]]
+
+
 def snapshot(
     step: int, leaves: Sequence[Tensor], optimizer: torch.optim.Optimizer | None, *, copy: bool = True
 ) -> State:

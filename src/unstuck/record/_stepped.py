@@ -1,5 +1,7 @@
 """What is known of an optimiser that the run steps with, and which of its steps are looked at closely."""
 
+import sys
+
 import torch
 
 from unstuck.record._governor import PART, Clock
@@ -34,3 +36,16 @@ class Stepped:
             late = (self.steps * 2654435761 >> 16) % (self._looks.every // 2 + 1)
             self._next = self.steps + (1 if self.pulses.compares else self._looks.every + late)
         self.closely = self.steps + 1 >= self._next or self.steps + 1 < FIRST_LOOKS
+
+
+def stepping(optimizer: torch.optim.Optimizer | None) -> bool:
+    """Whether this is called within a step of the optimiser: one that raised has left no other trace."""
+    frame = sys._getframe()
+    while frame is not None:
+        if (
+            frame.f_globals.get("__name__") == torch.optim.Optimizer.__module__
+            and frame.f_locals.get("self") is optimizer
+        ):
+            return True
+        frame = frame.f_back
+    return False

@@ -28,7 +28,8 @@ from unstuck.record._nonfinite import first_nonfinite, first_nonfinite_gradient,
 from unstuck.record._pulses import together
 from unstuck.record._ranks import own_rank, ranked, ranks, sharded
 from unstuck.record._run import Run
-from unstuck.record._stepped import Stepped
+from unstuck.record._state import moved
+from unstuck.record._stepped import Stepped, stepping
 from unstuck.record._store import Store
 from unstuck.record._turns import Turns
 
@@ -208,7 +209,7 @@ class Watch:
         return next((loss for result, loss in self._scaled if result is root), root)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._outer is not None and self._outer is not optimizer:
+        if self._outer not in (None, optimizer) and stepping(self._outer):
             return  # one that steps within the step of another is a part of that
         self._outer = optimizer
         stepped = self._stepped.get(id(optimizer))
@@ -316,7 +317,7 @@ class Watch:
         self._waited += wait({loss.device for loss in self._losses if isinstance(loss, Tensor)})
         tape = self._deck.compiled(recorder, self.steps + 1)
         self._refused = 0 if tape is not None else self._refused + 1
-        if tape is not None and not self._deck.check(tape, _moved(optimizer) if fit else ()):
+        if tape is not None and not self._deck.check(tape, moved(optimizer) if fit else ()):
             tape = None
         if tape is not None:
             self._deck.keep(tape)
@@ -378,11 +379,11 @@ class Watch:
     def _meet(self, optimizer: torch.optim.Optimizer) -> Stepped:
         """Makes the optimiser and its parameters known, and names them by the models that own them."""
         stepped = self._stepped.get(id(optimizer))
-        moved = _moved(optimizer)
-        if stepped is not None and stepped.size == len(moved):
+        parameters = moved(optimizer)
+        if stepped is not None and stepped.size == len(parameters):
             return stepped
         known = {id(p) for p in self._leaves.tensors}
-        new = [p for p in moved if id(p) not in known]
+        new = [p for p in parameters if id(p) not in known]
         if new:
             self._deck.silence()  # a recorder counts the leaves that it began with
             self._leaves.tensors += new
@@ -393,8 +394,8 @@ class Watch:
             stepped = self._stepped[id(optimizer)] = Stepped(optimizer, number, self._budget)
             groups = [{k: v for k, v in g.items() if isinstance(v, (bool, int, float))} for g in optimizer.param_groups]
             kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-            self._log.write("optimizer", index=number, name=kind, groups=groups, parameters=len(moved))
-        stepped.size = len(moved)
+            self._log.write("optimizer", index=number, name=kind, groups=groups, parameters=len(parameters))
+        stepped.size = len(parameters)
         return stepped
 
     def _meet_again(self) -> None:
@@ -444,7 +445,3 @@ class Watch:
         """The share of the time that watching takes, looks at the run included."""
         ticks = 0.0 if self._ticks is None else self._ticks.seconds
         return (self._spent() + ticks) / max(self._elapsed() + ticks, 1e-9)
-
-
-def _moved(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for g in optimizer.param_groups for p in g["params"]]
