@@ -3,6 +3,7 @@
 import math
 
 PART = 1 / 12  # of the promised share, that each kind of reading may take
+EXTRA_SECONDS, EXTRA_SHARE, EXTRA_MOST = 0.25, 0.04, 2.0
 
 
 class Clock:
@@ -32,10 +33,18 @@ class Clock:
         self._next = step + self.every
 
 
+def extra(elapsed: float, *, ill: bool) -> float:
+    """The seconds beyond the promised share that steps wanted at once may take: what comes later makes up for them.
+
+    A run that is `ill`, with a loss that is not finite, may have as many at once as any other in a minute.
+    """
+    return EXTRA_MOST if ill else min(max(EXTRA_SECONDS, EXTRA_SHARE * elapsed), EXTRA_MOST)
+
+
 class Alarm:
     """Rings when the loss does not fall: looked at each time that the steps have doubled, and where it leaps."""
 
-    FIRST = 64  # steps
+    FIRST = 128  # steps
     FALL = 0.02  # of the mean over a quarter of the steps so far, from one quarter to the next
     LEAP = 4.0  # times the loss at first
 

@@ -7,7 +7,7 @@ from unstuck.record._devices import wait
 from unstuck.record._log import Log
 from unstuck.record._pulses import on_devices, settled
 
-STEPS, SECONDS = 64, 0.2  # that may wait: many at a time take less than each by itself
+STEPS, SECONDS = 64, 1.0  # that may wait: many at a time take less than each by itself
 RARE = ("order", "training", "skipped")  # told when they change
 
 

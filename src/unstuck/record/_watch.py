@@ -18,7 +18,7 @@ from unstuck.objective import Recorder, Tape, caller
 from unstuck.record._deck import KEPT, Deck, anything_compiled
 from unstuck.record._devices import wait
 from unstuck.record._facts import StaleGradients, cut_off, orphans
-from unstuck.record._governor import Alarm
+from unstuck.record._governor import Alarm, extra
 from unstuck.record._hooks import Hooks
 from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
@@ -35,7 +35,6 @@ from unstuck.record._turns import Turns
 
 FIRST_TAPES = 16  # that need not wait for the promised share
 FRUITLESS = 8  # refusals in a row, after which tapes wait for the promised share
-FREE_SECONDS = 2.0  # what they, and those after an alarm, may take at once; later tapes wait until it is made up for
 MARGIN = 0.7  # of the promised share: the rest is for what we cannot time, as the caches that we use
 FIRST_STEPS = 4  # in which all models are called, some of them in a closure of the first step
 SAFE_BYTES = 64 << 20  # of tapes that are written on the way as well, lest a kill takes them
@@ -288,7 +287,8 @@ class Watch:
         if self._cost:
             self._cost += time.perf_counter() - began
         if self._store.due(self.steps):
-            self.flush()  # whether the loss is finite may still lie on a device
+            if isinstance(record.get("loss"), Tensor):  # whether it is finite still lies on a device
+                self.flush()
             self._remember()
 
     def _plan(self) -> None:
@@ -304,7 +304,8 @@ class Watch:
             if self._deck.bytes <= SAFE_BYTES:
                 self.save()
         allowed = MARGIN * self._budget * elapsed
-        free = self._wanted > 0 and spent - allowed < FREE_SECONDS and self._refused < FRUITLESS
+        beyond = extra(elapsed, ill="non-finite" in self._counts)
+        free = self._wanted > 0 and spent - allowed < beyond and self._refused < FRUITLESS
         if self._turns.due(self.steps + 1, spent, allowed) or free:
             self._wanted -= 1
             self._deck.listen()
