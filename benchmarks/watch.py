@@ -1,14 +1,15 @@
-"""What watching costs on healthy programs: pairs of one training, unwatched and watched, that take turns.
+"""What watching costs on healthy programs.
 
 python benchmarks/watch.py                              every program, the memory of a large model, the peers
 python benchmarks/watch.py --programs gru,loader --parts programs
 python benchmarks/watch.py --quick                      short runs; nothing is kept
 python benchmarks/watch.py --profile gru                where a watched run spends its time
 
-The two runs of a pair are processes of their own that take turns, some 0.1 s each and only one at a time, so that
-other work on the machine slows both alike; the watcher does not count the time in which it waits. The overhead of a
-pair is the sum of the watched steps over the sum of the unwatched ones, less one, by processor time and by the clock;
-start and stop are told apart. Noise is what the same measure says of two unwatched runs. Numbers go to watch.json
+The overhead is that of one watched training in which the watcher is paused at every other block of 0.1 s: what the
+blocks with it take over those without, less one, from the first step on, by processor time and by the clock, and with
+its standard error. Two processes of their own can be compared as well, and take turns so that other work on the machine
+slows both alike; but where the memory of each comes to lie alone makes one some percent quicker than its twin, watched
+or not. So a pair of them only shows that both compute the same, and what start and stop take. Numbers go to watch.json
 beside this file, by program.
 """
 
@@ -88,16 +89,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--programs", type=_among(PROGRAMS), default=list(PROGRAMS), help=f"of {','.join(PROGRAMS)}")
     parser.add_argument("--peers", type=_among(watch_peers.PEERS), default=list(watch_peers.PEERS), help="or none")
     parser.add_argument("--parts", type=_among(PARTS), default=PARTS, help=f"of {','.join(PARTS)}")
-    parser.add_argument("--repeats", type=int, default=2, help="pairs of runs")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of an unwatched run")
+    parser.add_argument("--repeats", type=int, default=1, help="watched runs of each program")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each, half of them paused")
     parser.add_argument(
-        "--quick", action="store_true", help="one pair of 4 seconds, no memory, no peers; nothing is kept"
+        "--quick", action="store_true", help="one run of 8 seconds, no memory, no peers; nothing is kept"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--profile", choices=list(PROGRAMS), help="profile a watched run of one program instead")
     given = parser.parse_args()
     if given.quick:
-        given.repeats, given.seconds, given.parts = 1, 4.0, ["programs"]
+        given.repeats, given.seconds, given.parts = 1, 8.0, ["programs"]
     return given
 
 
@@ -113,27 +114,60 @@ def _among(names: Any) -> Any:
 
 
 def program(name: str, folder: Path, given: argparse.Namespace) -> Row:
-    """The pairs of one program, a pair of unwatched runs that shows the noise, and what its tapes cost."""
+    """The watched runs of one program, a pair that is compared step by step, and what its tapes cost."""
     (trial,) = in_turns(name, 40, 40, [None])
     step = statistics.median(trial["wall"][10:])
-    steps = max(200, min(20_000, round(given.seconds / step)))
     block = max(1, round(BLOCK / step))
-    pairs, loads = [], []
+    runs, loads = [], []
     for k in range(given.repeats):
         loads.append(round(os.getloadavg()[0], 2))
-        order = [None, folder / f"{k}"] if k % 2 == 0 else [folder / f"{k}", None]
-        both = in_turns(name, steps, block, order)
-        pairs.append(pair(*(both if k % 2 == 0 else reversed(both)), folder / f"{k}"))
-    same = in_turns(name, steps // 2, block, [None, None])
+        runs.append(apart(alternated, name, folder / f"{k}", given.seconds, block))
+    steps = max(200, min(4000, round(given.seconds / 8 / step)))
+    both = in_turns(name, steps, block, [None, folder / "pair"])
     bare, every = in_turns(name, 200, block, [None, folder / "every"], budget=1e9)
     return {
-        "steps": steps,
-        "step_ms": statistics.median(p["plain_ms"] for p in pairs),
-        "overhead": statistics.median(p["cpu"] for p in pairs),
-        "noise": sum(same[0]["cpu"]) / sum(same[1]["cpu"]) - 1,
-        "pairs": pairs,
+        "step_ms": statistics.median(r["plain_ms"] for r in runs),
+        "overhead": statistics.median(r["cpu"] for r in runs),
+        "runs": runs,
         "loads": loads,
+        "pair": pair(*both, folder / "pair"),
         "tape": apart(tape, name, every, bare, folder / "every"),
+    }
+
+
+def alternated(name: str, folder: Path, seconds: float, block: int) -> Row:
+    """One watched run, paused at every other block: seconds of both kinds of blocks, and what the watcher says."""
+    with tempfile.TemporaryDirectory() as warm:  # what a process does once belongs to no run
+        run(name, 10, Path(warm) / "run", None)
+    torch.manual_seed(0)
+    random.seed(0)
+    gc.collect()
+    spent: dict[bool, list[tuple[float, float]]] = {True: [], False: []}  # by whether it watches: by both clocks
+    with unstuck.watch(folder=folder) as watched:
+        step = PROGRAMS[name]()
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            first = len(spent[True]) % 2 == 0  # A B B A: neither is always the second
+            for watches in (first, not first):
+                with contextlib.nullcontext() if watches else watched.paused():
+                    wall, cpu = time.perf_counter(), time.process_time()
+                    for _ in range(block):
+                        step()
+                    spent[watches].append((time.process_time() - cpu, time.perf_counter() - wall))
+    on, off = (np.array(spent[watches]) for watches in (True, False))
+    half = len(on) // 2
+    ratios = np.log(on[:, 0] / off[:, 0])
+    return {
+        "cpu": on[:, 0].sum() / off[:, 0].sum() - 1,
+        "wall": on[:, 1].sum() / off[:, 1].sum() - 1,
+        "cpu_second_half": on[half:, 0].sum() / off[half:, 0].sum() - 1,
+        "cpu_median_block": np.median(on[:, 0]) / np.median(off[:, 0]) - 1,
+        "error": ratios.std(ddof=1) / math.sqrt(len(ratios)),
+        "plain_ms": 1e3 * float(np.median(off[:, 1])) / block,
+        "said": watched.overhead,
+        "steps": watched.steps,
+        "heard": watched.heard,
+        "looked": watched.looked,
     }
 
 
@@ -223,20 +257,13 @@ def run(
 
 
 def pair(plain: Row, watched: Row, folder: Path) -> Row:
-    half = len(plain["cpu"]) // 2
     first, last = (statistics.fmean(losses) for losses in (plain["losses"][:20], plain["losses"][-20:]))
     return {
         "cpu": sum(watched["cpu"]) / sum(plain["cpu"]) - 1,
-        "wall": sum(watched["wall"]) / sum(plain["wall"]) - 1,
-        "cpu_second_half": sum(watched["cpu"][half:]) / sum(plain["cpu"][half:]) - 1,
-        "cpu_median_step": statistics.median(watched["cpu"]) / statistics.median(plain["cpu"]) - 1,
-        "said": watched["said"],
-        "plain_cpu": sum(plain["cpu"]),
-        "plain_ms": 1e3 * statistics.median(plain["wall"]),
+        "steps": len(plain["losses"]),
         "worst_extra_ms": 1e3 * (max(watched["cpu"]) - max(plain["cpu"])),
         "start_s": watched["start"],
         "stop_s": watched["stop"],
-        "heard": watched["heard"],
         "log_mb": (folder / "log.jsonl").stat().st_size / 1e6,
         "folder_mb": sum(p.stat().st_size for p in folder.iterdir()) / 1e6,
         "identical": watched["losses"] == plain["losses"] and watched["steps"] >= len(plain["losses"]),
@@ -313,54 +340,54 @@ def resident() -> Row:
 
 def of_class(found: dict[str, Row], name: str) -> list[Row]:
     low, high = CLASSES[name]
-    return [p for row in found.values() if low <= row["step_ms"] < high for p in row["pairs"]]
+    return [r for row in found.values() if low <= row["step_ms"] < high for r in row["runs"]]
 
 
 def verdicts(found: dict[str, Row]) -> list[str]:
     lines = []
     for name in CLASSES:
-        pairs = of_class(found, name)
-        if not pairs:
+        runs = of_class(found, name)
+        if not runs:
             continue
         for statistic, promised in PROMISED[name].items():
-            shares = {clock: reached(pairs, clock, statistic) for clock in ("cpu", "wall")}
+            shares = {clock: reached(runs, clock, statistic) for clock in ("cpu", "wall")}
             word = "kept" if shares["cpu"] <= promised else "missed"
             lines.append(
-                f"{name}, {len(pairs)} pairs: {statistic} {_percent(shares['cpu'])} by processor time,"
+                f"{name}, {len(runs)} runs: {statistic} {_percent(shares['cpu'])} by processor time,"
                 f" {_percent(shares['wall'])} by the clock; promised {100 * promised:.0f} %: {word}"
             )
-    different = [n for n, row in found.items() if not all(p["identical"] for p in row["pairs"])]
+    different = [n for n, row in found.items() if not row["pair"]["identical"]]
     lines.append(f"losses differ, watched and unwatched: {', '.join(different) or 'nowhere, bit for bit'}")
-    rising = [
-        n for n, row in found.items() if n != "adversarial" and row["pairs"][0]["loss"][1] > row["pairs"][0]["loss"][0]
-    ]
+    rising = [n for n, row in found.items() if n != "adversarial" and row["pair"]["loss"][1] > row["pair"]["loss"][0]]
     return [*lines, *(f"the loss of {n} does not fall: its figures are not those of a healthy run" for n in rising)]
 
 
-def reached(pairs: list[Row], clock: str, statistic: str) -> float:
-    values = [p[clock] for p in pairs]
+def reached(runs: list[Row], clock: str, statistic: str) -> float:
+    values = [r[clock] for r in runs]
     return float(np.quantile(values, 0.5 if statistic == "median" else 0.95))
 
 
 def table(found: dict[str, Row]) -> Table:
     shown = Table(title="Watching healthy programs", box=box.SIMPLE)
-    heads = ("program", "step", "processor time", "clock", "2nd half", "median step", "it says", "noise", "start")
-    for head in (*heads, "stop", "worst step", "recorded", "record a tape", "replay it", "same"):
+    heads = ("program", "step", "processor time", "±", "clock", "2nd half", "median block", "it says", "start", "stop")
+    for head in (*heads, "worst step", "looked at", "recorded", "record a tape", "replay it", "same"):
         shown.add_column(head, justify="left" if head == "program" else "right")
     for name, row in found.items():
-        middle = {k: statistics.median(p[k] for p in row["pairs"]) for k in row["pairs"][0] if k != "loss"}
-        cost = row["tape"]
+        middle = {k: statistics.median(r[k] for r in row["runs"]) for k in row["runs"][0]}
+        cost, both = row["tape"], row["pair"]
         shown.add_row(
             name,
             f"{row['step_ms']:.2f} ms",
-            *(_percent(middle[k]) for k in ("cpu", "wall", "cpu_second_half", "cpu_median_step", "said")),
-            _percent(row["noise"]),
-            f"{1e3 * middle['start_s']:.0f} ms",
-            f"{1e3 * middle['stop_s']:.0f} ms",
-            f"{middle['worst_extra_ms']:+.0f} ms",
-            f"{middle['heard']:.0f} of {row['steps']}",
+            _percent(middle["cpu"]),
+            f"{100 * middle['error']:.1f}",
+            *(_percent(middle[k]) for k in ("wall", "cpu_second_half", "cpu_median_block", "said")),
+            f"{1e3 * both['start_s']:.0f} ms",
+            f"{1e3 * both['stop_s']:.0f} ms",
+            f"{both['worst_extra_ms']:+.0f} ms",
+            f"{middle['looked']:.0f} of {middle['steps']:.0f}",
+            f"{middle['heard']:.0f}",
             *(("none", "") if cost is None else (f"{cost[k]:.2f} steps" for k in ("record", "replay"))),
-            "yes" if all(p["identical"] for p in row["pairs"]) else "NO",
+            "yes" if both["identical"] else "NO",
         )
     return shown
 
