@@ -65,7 +65,7 @@ def run(
         raise typer.Exit(done.status)
     if done.run.rank:
         raise typer.Exit(done.status)  # the first rank tells the verdict
-    if done.run.steps == 0:
+    if done.run.steps == done.run.skipped == 0:
         console.print(
             f"unstuck: no step of a torch.optim optimiser was seen in {script}: there is nothing to diagnose.",
             markup=False,
@@ -114,7 +114,7 @@ def diagnose(
 
     recorded = Run(found(run))
     console = _console()
-    if recorded.steps == 0:
+    if recorded.steps == recorded.skipped == 0:
         raise ValueError(f"a run with optimiser steps was needed, but {recorded.folder} has recorded none")
     raise typer.Exit(_verdict(recorded, console, json_out).status)
 

@@ -51,9 +51,9 @@ def diagnose(
 def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress | None) -> Diagnosis:
     run = case.run
     codes = (*EXACT, *(h.code for h in hypotheses))
-    if run.steps == 0:
-        return _result(run, [], (), dict.fromkeys(codes, "no optimiser step was recorded"))
     exact = exact_findings(case)
+    if run.steps == 0 and not exact:
+        return _result(run, [], (), dict.fromkeys(codes, "no optimiser step was recorded"))
     if exact:
         because = f"{exact[0].code} explains it: mend that first"
         return _result(run, exact, EXACT, dict.fromkeys((h.code for h in hypotheses), because))

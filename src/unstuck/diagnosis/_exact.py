@@ -1,22 +1,36 @@
 """Causes that PyTorch's contract gives away: no threshold, no experiment, no reference run."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from unstuck.diagnosis._blown import fact_of, on_rank
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
+from unstuck.diagnosis._loop import (
+    OFTEN,
+    scaler_skips,
+    stepped_twice,
+    update_below_precision,
+    weights_reset,
+    wrong_order,
+)
 
-OFTEN = 0.9  # the share of the steps at which a fact must hold before it is the run's habit
 LEAST_STEPS = 3
+Check = Callable[[Case], Finding | None]
 
 
 def exact_findings(case: Case) -> list[Finding]:
     """The exact faults of a run, each named once."""
-    checks = (non_finite_data, zero_grad_missing, parameters_not_optimised, graph_cut)
-    return [found for check in checks if (found := check(case)) is not None]
+    return told_findings(case) + _found(case, READ)
 
 
-EXACT = ("non-finite-data", "zero-grad-missing", "parameters-not-optimised", "graph-cut")
+def told_findings(case: Case) -> list[Finding]:
+    """Those that facts alone tell, which a run on its way can be asked for often."""
+    return _found(case, TOLD)
+
+
+def _found(case: Case, checks: Mapping[str, Check]) -> list[Finding]:
+    return [found for check in checks.values() if (found := check(case)) is not None]
 
 
 def non_finite_data(case: Case) -> Finding | None:
@@ -115,3 +129,16 @@ def _habit(case: Case, code: str) -> tuple[dict[str, Any] | None, int]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+TOLD: dict[str, Check] = {  # causes before what they lead to
+    "non-finite-data": non_finite_data,
+    "wrong-order": wrong_order,
+    "stepped-twice": stepped_twice,
+    "zero-grad-missing": zero_grad_missing,
+    "parameters-not-optimised": parameters_not_optimised,
+    "graph-cut": graph_cut,
+    "weights-reset": weights_reset,
+}
+READ: dict[str, Check] = {"scaler-skips": scaler_skips, "update-below-precision": update_below_precision}
+EXACT = (*TOLD, *READ)

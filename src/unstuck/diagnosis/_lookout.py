@@ -7,7 +7,7 @@ from dataclasses import replace
 from unstuck.diagnosis._blown import non_finite
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._diagnose import diagnose
-from unstuck.diagnosis._exact import exact_findings
+from unstuck.diagnosis._exact import told_findings
 from unstuck.diagnosis._findings import PROVED, SHOWN, Diagnosis, Finding
 from unstuck.diagnosis._trial import Progress
 from unstuck.record import Run
@@ -49,7 +49,7 @@ class Lookout:
         began = time.perf_counter()
         elapsed = began - self._began
         if self._looking <= SHARE * elapsed or not self._looking:
-            self.exact = tuple(exact_findings(Case(run, {})))
+            self.exact = tuple(told_findings(Case(run, {})))
             blown = non_finite(run)
             if blown is not None and not self.exact:
                 self.exact = (blown,)

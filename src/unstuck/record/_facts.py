@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -25,10 +26,8 @@ class StaleGradients:
         self._stale: dict[int, Tensor | None] = {}  # by optimiser: whether they are, 0-d, read only where it matters
 
     def note_step(self, optimizer: torch.optim.Optimizer) -> None:
-        used = (p for p in moved(optimizer) if p.grad is not None)
-        self.left[id(optimizer)] = [
-            (p, weakref.ref(p.grad), p.grad._version) for p, _ in zip(used, range(self.WATCHED), strict=False)
-        ]
+        used = ((p, p.grad) for p in moved(optimizer) if p.grad is not None)
+        self.left[id(optimizer)] = [(p, weakref.ref(g), g._version) for p, g in islice(used, self.WATCHED)]
         self._stale[id(optimizer)] = None
 
     def forget(self, optimizer: torch.optim.Optimizer) -> None:

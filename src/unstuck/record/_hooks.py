@@ -14,6 +14,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from unstuck.objective import caller
+
 CALLS = (  # whose order tells how a loop is built: a letter, and where the call lives
     ("z", torch.optim.Optimizer, "zero_grad"),
     ("z", torch.nn.Module, "zero_grad"),
@@ -58,6 +60,8 @@ class Hooks:
         self.seconds = 0.0
         self.order: deque[str] = deque(maxlen=LONGEST)
         self.paused = False
+        self.traces = False  # whether the place of the next zero_grad() is wanted
+        self.cleared_at = ""  # that place, as file:line
         self._listener = listener
         self._failed = False  # or forked: the listener is not called any more
         self._undo: list[Callable[[], None]] = []
@@ -149,6 +153,8 @@ class Hooks:
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             note(what)
+            if self.traces and what == "z":
+                self.cleared_at, self.traces = caller(), False
             return original(*args, **kwargs)
 
         return _exchange(owner, name, original, wrapped)

@@ -18,6 +18,8 @@ LARGE = 1 << 14  # numbers of a tensor from which on only each 16th takes part i
 STRIDE = 16
 FEW = 32  # numbers that are faster read one by one
 
+COARSE = (torch.bfloat16, torch.float16)  # whose last digit is a large share of a number
+
 Reading = float | Tensor  # a tensor is still on its device, (,) or (k,)
 
 
@@ -90,6 +92,9 @@ class Pulses:
             lengths, updates = norms(before), norms(torch._foreach_sub(after, before))
             found["weight_norm"] = total(lengths, shares)
             found["update_ratio"] = _ratio(total(updates, shares), found["weight_norm"])
+            kept = _kept(weights, before, after)
+            if kept is not None:
+                found["unchanged"] = kept
             if self._census:
                 found["tensors"] = {"weight": lengths, "gradient": self._gradients, "update": updates}
         self._updates.took(self._step, self._seconds + perf_counter() - began, pace)
@@ -162,6 +167,22 @@ def _sampled(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each tensor flat, of a large one each 16th number."""
     flat = [t.detach().reshape(-1) for t in tensors]
     return [f[::STRIDE] if len(f) > LARGE else f for f in flat]
+
+
+def _kept(weights: Sequence[Tensor], before: Sequence[Tensor], after: Sequence[Tensor]) -> Reading | None:
+    """The share of the numbers of coarse weights that have a gradient and that the step has left as they were."""
+    stay: list[Tensor] = []
+    count: list[Tensor] = []
+    for p, was, now in zip(weights, before, after, strict=True):
+        if p.dtype in COARSE and p.grad is not None and not p.grad.is_sparse:
+            (slope,) = _sampled([p.grad])
+            pulled = slope != 0
+            stay.append(((was == now) & pulled).sum())
+            count.append(pulled.sum())
+    if not count:
+        return None
+    share = together(stay).sum() / together(count).sum().clamp_min(1)
+    return float(share) if share.device.type == "cpu" else share
 
 
 def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> Reading | None:

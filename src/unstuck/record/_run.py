@@ -175,6 +175,11 @@ class Run:
         return self._last("looked") or 0
 
     @property
+    def skipped(self) -> int:
+        """How many steps a GradScaler left out, as far as that was told."""
+        return int(max(self._last("skipped") or 0, self._series.last("skipped") or 0))
+
+    @property
     def overhead(self) -> float:
         """The share of the run's time that watching took; NaN where the run was killed."""
         if self._live is not None:

@@ -1,8 +1,10 @@
 """What is known of an optimiser that the run steps with, and which of its steps are looked at closely."""
 
 import sys
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from unstuck.record._governor import PART, Clock
 from unstuck.record._pulses import Pulses
@@ -20,11 +22,21 @@ class Stepped:
         self.optimizer = optimizer
         self.number = number
         self.size = -1
+        self.first: Tensor | None = None  # a parameter that tells for all who writes into them
+        self.left = 0  # its version at the end of the last step
+        self.writes = 0  # times that it was written into between two steps
+        self.moved = False  # whether the weights are known to have left their start
         self.pulses = Pulses(optimizer, budget)
         self.closely = True
         self.steps = 0
         self._looks = Clock(PART * budget)
         self._next = FIRST_LOOKS  # step that is looked at
+
+    def meets(self, parameters: Sequence[Tensor]) -> None:
+        """Takes note of the parameters that the optimiser has now."""
+        self.size = len(parameters)
+        self.first = next((p for p in parameters if p.requires_grad and not p.is_inference()), None)
+        self.left = 0 if self.first is None else self.first._version
 
     def took_step(self, seconds: float, pace: float, *, closely: bool) -> None:
         """A step was taken; to look at it closely took so many seconds, or 0 where that tells nothing."""

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from unstuck.objective import Recorder, Tape, caller
 from unstuck.record._deck import KEPT, Deck, anything_compiled
 from unstuck.record._devices import wait
-from unstuck.record._facts import StaleGradients, cut_off, orphans
+from unstuck.record._facts import StaleGradients
 from unstuck.record._governor import Alarm, extra
 from unstuck.record._hooks import Hooks
 from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
+from unstuck.record._loop import Loop
 from unstuck.record._models import Leaves
 from unstuck.record._moments import Tick, Ticks
 from unstuck.record._nonfinite import first_nonfinite, first_nonfinite_gradient, met_again
@@ -60,6 +61,7 @@ class Watch:
         self._leaves = Leaves(models)
         self._deck = Deck(self._leaves.tensors, self._leaves.modules)
         self._store = Store(self.folder, self.rank, self._leaves, self._deck, budget)
+        self._loop = Loop(self._hooks, self._leaves, self._store, self._counted)
         self._stepped: dict[int, Stepped] = {}  # the optimisers, by identity
         self._outer: torch.optim.Optimizer | None = None  # whose step is being taken
         self._stale = StaleGradients()
@@ -122,6 +124,7 @@ class Watch:
             "overhead": self.overhead,
             "heard": self.heard,
             "looked": self.looked,
+            "skipped": self._skipped,
             "refusals": self._deck.refusals,
         }
         self._log.write("end", outcome=outcome, **end)
@@ -212,6 +215,8 @@ class Watch:
             return  # one that steps within the step of another is a part of that
         self._outer = optimizer
         stepped = self._stepped.get(id(optimizer))
+        if stepped is not None:
+            self._loop.begins(stepped)
         rate = optimizer.param_groups[0].get("lr")
         self._record = {} if isinstance(rate, Tensor) else {"lr": rate if rate is None else float(rate)}
         if self._losses:
@@ -234,7 +239,7 @@ class Watch:
         if recorder is not None:
             with torch.no_grad():
                 tape = self._heard_step(recorder, optimizer, fit=stale is None)
-                self._note_cuts(recorder, optimizer)
+                self._loop.graph(recorder, optimizer, list(self._stepped.values()), self.heard)
         if not self._finite and "non-finite" not in self._counts:  # now, while the weights are still those of the loss
             self._blew_up(self.steps + 1, self._record["loss"], tape)
         rate = optimizer.param_groups[0].get("lr")
@@ -246,6 +251,7 @@ class Watch:
         norm = self._record.get("grad_norm")
         if isinstance(norm, float) and not math.isfinite(norm) and "non-finite" not in self._counts:
             self._blew_up_backward(tape)
+        self._loop.reads(norm)
 
     def after_step(self, optimizer: torch.optim.Optimizer) -> None:
         if self._outer is not optimizer:
@@ -265,6 +271,7 @@ class Watch:
             self._look_after(stepped, record)
         elif self._hurry or not self._turns.alone:  # turns come at steps of their own
             self._plan()
+        self._loop.ends(stepped)
         self._hooks.order.clear()
         self._journal.add(record)
         stepped.took_step(self._cost, self._pace, closely=self._closely)
@@ -280,6 +287,7 @@ class Watch:
             with torch.no_grad():  # what an outer watch sees of it is then no part of a step
                 record |= stepped.pulses.after_step(self._pace)
         began = time.perf_counter()
+        self._loop.looks(stepped)
         record["order"], record["skipped"] = "".join((*self._hooks.order, "s")), self._skipped
         if self._leaves.models:
             record["training"] = all(m.training for m in self._leaves.models)
@@ -328,17 +336,6 @@ class Watch:
                 self._unexplained = False
                 self._fact(again[0], **again[1])
         return tape
-
-    def _note_cuts(self, recorder: Recorder, optimizer: torch.optim.Optimizer) -> None:
-        """Tells of parameters that no gradient reaches, or no optimiser moves."""
-        cut = cut_off(recorder, optimizer)
-        if cut:
-            function, line = recorder.cuts[0]
-            told = {"function": function, "line": line, "module": recorder.cut_in}
-            self._counted("graph-cut", of=self.heard, names=[self._leaves.name(p) for p in cut], **told)
-        lost = orphans(recorder, [known.optimizer for known in self._stepped.values()])
-        if lost:
-            self._counted("orphan-gradient", of=self.heard, names=[self._leaves.name(p) for p in lost])
 
     def _look(self, step: int, loss: float) -> None:
         """Is told the loss of each step, a little later."""
@@ -396,7 +393,7 @@ class Watch:
             groups = [{k: v for k, v in g.items() if isinstance(v, (bool, int, float))} for g in optimizer.param_groups]
             kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
             self._log.write("optimizer", index=number, name=kind, groups=groups, parameters=len(parameters))
-        stepped.size = len(parameters)
+        stepped.meets(parameters)
         return stepped
 
     def _meet_again(self) -> None:

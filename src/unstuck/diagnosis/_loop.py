@@ -1,0 +1,133 @@
+"""Errors in the loop: the order of its calls, who writes into the weights, and updates that change nothing."""
+
+import statistics
+from typing import Any
+
+from unstuck.diagnosis._case import Case
+from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
+
+OFTEN = 0.9  # the share of the steps at which a fact must hold before it is the run's habit
+LEAST = 3  # times that it was seen
+TWICE = 0.3  # of the steps looked at: of two steps with one gradient, one repeats the other
+SKIPS, SKIPPED = 32, 0.2  # steps that a scaler left out: more than a first scale needs, and their share of all
+KEPT = 0.5  # of the numbers of coarse weights, that most updates leave as they were
+
+
+def wrong_order(case: Case) -> Finding | None:
+    fact = _last(case, "cleared-before-step")
+    if fact is None or fact["count"] < LEAST or fact["count"] < OFTEN * (fact["of"] - 1):
+        return None
+    place = f" ({fact['line']})" if fact["line"] else ""
+    return Finding(
+        "wrong-order",
+        SHOWN,
+        1,
+        fact["line"],
+        f"The optimiser finds nothing to step with: after the last backward() and before step() the gradients are "
+        f"cleared{place}.",
+        "Call them in the order zero_grad(), forward, backward(), step().",
+        (
+            Evidence.exact(
+                "steps with empty gradients",
+                fact["count"],
+                f"of {fact['of']} looked at; calls of a step: {_spelled(fact['order'])}",
+                n=fact["of"],
+            ),
+        ),
+    )
+
+
+def stepped_twice(case: Case) -> Finding | None:
+    fact = _last(case, "stepped-again")
+    if fact is None or fact["count"] < LEAST or fact["count"] < TWICE * fact["of"]:
+        return None
+    who = "Another optimiser that holds the same parameters" if fact["other"] else "The same optimiser"
+    return Finding(
+        "stepped-twice",
+        SHOWN,
+        1,
+        fact["line"],
+        f"One gradient is used more than once. {who} steps again, and in between nobody called backward() or cleared "
+        "anything.",
+        "Call step() once for each backward(), of one optimiser for each parameter.",
+        (Evidence.exact("steps without a new gradient", fact["count"], f"of {fact['of']} looked at", n=fact["of"]),),
+    )
+
+
+def weights_reset(case: Case) -> Finding | None:
+    fact = _last(case, "weights-reset")
+    if fact is None or fact["count"] < 2:
+        return None
+    return Finding(
+        "weights-reset",
+        SHOWN,
+        next(e["step"] for e in case.run.facts if e["code"] == "weights-reset"),
+        "",
+        "The weights are set back to those of the start, between two steps and not by the optimiser: what was learned "
+        "up to then is lost.",
+        "Load or initialise the weights once, before the loop over the epochs.",
+        (
+            Evidence.exact(
+                "weights back at their start",
+                fact["count"],
+                f"times, of {fact['count']} or more that were compared; the last one before step {fact['step']}",
+            ),
+        ),
+    )
+
+
+def scaler_skips(case: Case) -> Finding | None:
+    skipped, taken = case.run.skipped, case.run.steps
+    if skipped < SKIPS or skipped < SKIPPED * (skipped + taken):
+        return None
+    fact = _last(case, "step-left-out")
+    where = ""
+    if fact is not None:
+        where = ", ".join(str(fact[key]) for key in ("module", "call") if fact.get(key))
+    first = f"; the first gradient that was not finite arose in {where}" if where else ""
+    return Finding(
+        "scaler-skips",
+        SHOWN,
+        1,
+        where,
+        f"The GradScaler leaves out {skipped} of {skipped + taken} steps, because scaled gradients are not finite"
+        f"{first}. A few at the start are by design, as many are not.",
+        "Mend what overflows, or let the scale fall: the default backoff_factor of 0.5 and growth_interval of 2000.",
+        (Evidence.exact("steps left out", skipped, f"of {skipped + taken}", n=skipped + taken),),
+    )
+
+
+def update_below_precision(case: Case) -> Finding | None:
+    steps, shares = case.run.series("unchanged")
+    if len(shares) < LEAST or statistics.median(shares) <= KEPT:
+        return None
+    middle = statistics.median(shares)
+    return Finding(
+        "update-below-precision",
+        SHOWN,
+        steps[0],
+        "",
+        f"Updates are lost in rounding: {middle:.0%} of the numbers of bfloat16 or float16 weights that have a "
+        "gradient stay as they were at a step, since what is to be added is less than half of their last digit.",
+        "Keep the weights in float32 and compute in the short type (torch.autocast), or round stochastically.",
+        (
+            Evidence(
+                "numbers left unchanged",
+                middle,
+                min(shares),
+                max(shares),
+                len(shares),
+                "share of those with a gradient, at the steps that were measured",
+            ),
+        ),
+    )
+
+
+def _last(case: Case, code: str) -> dict[str, Any] | None:
+    """The last note of a fact, which has its highest count."""
+    return next((e for e in reversed(case.run.facts) if e["code"] == code), None)
+
+
+def _spelled(order: str) -> str:
+    words = {"z": "zero_grad", "b": "backward", "c": "clip", "l": "schedule", "s": "step"}
+    return ", ".join(words.get(letter, letter) for letter in order)

@@ -1,0 +1,229 @@
+"""Errors in the order of a loop's calls, in who writes into the weights, and in what rounding leaves of an update."""
+
+import copy
+
+import pytest
+import torch
+from runs import codes, verdict
+from torch import nn
+from torch.nn import functional as F
+
+STEPS = 40
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+class Task:
+    """A small regression: a network, an optimiser, and a loss on a new batch each time."""
+
+    def __init__(self, kind=torch.optim.SGD, **options):
+        self.model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.optimizer = kind(self.model.parameters(), **{"lr": 0.01, **options})
+
+    def loss(self):
+        x = torch.randn(8, 3)
+        return F.mse_loss(self.model(x), x.sum(1, keepdim=True))
+
+
+def cleared_late(t):
+    t.loss().backward()
+    t.optimizer.zero_grad(set_to_none=False)
+    t.optimizer.step()
+
+
+def stepped_early(t):
+    t.optimizer.zero_grad()
+    loss = t.loss()
+    t.optimizer.step()
+    loss.backward()
+
+
+def usual(t):
+    t.optimizer.zero_grad()
+    t.loss().backward()
+    t.optimizer.step()
+
+
+def cleared_at_the_end(t):
+    t.loss().backward()
+    t.optimizer.step()
+    t.model.zero_grad()
+
+
+def accumulated(t):
+    t.optimizer.zero_grad()
+    for _ in range(3):
+        t.loss().backward()
+    t.optimizer.step()
+
+
+def with_a_closure(t):
+    def closure():
+        t.optimizer.zero_grad()
+        loss = t.loss()
+        loss.backward()
+        return loss
+
+    t.optimizer.step(closure)
+
+
+def sharpness_aware(t):
+    t.loss().backward()
+    with torch.no_grad():
+        moves = [0.01 * p.grad for p in t.model.parameters()]
+        torch._foreach_add_(list(t.model.parameters()), moves)
+    t.optimizer.zero_grad()
+    t.loss().backward()
+    with torch.no_grad():
+        torch._foreach_sub_(list(t.model.parameters()), moves)
+    t.optimizer.step()
+    t.optimizer.zero_grad()
+
+
+def looped(step, task=Task, steps=STEPS, **options):
+    t = task(**options)
+    return lambda: [step(t) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("step", [cleared_late, stepped_early])
+def test_gradients_that_are_cleared_before_the_step_are_told_with_the_line(tmp_path, step):
+    found = verdict(tmp_path / "run", looped(step))
+    assert codes(found) == ["wrong-order"]
+    line = step.__code__.co_firstlineno + (2 if step is cleared_late else 1)
+    assert found.findings[0].where == f"{__file__}:{line}"
+
+
+@pytest.mark.parametrize(
+    "step", [usual, cleared_at_the_end, accumulated, with_a_closure, sharpness_aware], ids=lambda step: step.__name__
+)
+def test_loops_that_are_in_order_are_not_told(tmp_path, step):
+    kind = torch.optim.LBFGS if step is with_a_closure else torch.optim.SGD
+    assert codes(verdict(tmp_path / "run", looped(step, kind=kind))) == []
+
+
+def test_a_gradient_that_two_steps_use_is_told_with_the_line_of_the_second(tmp_path):
+    def twice(t):
+        usual(t)
+        t.optimizer.step()
+
+    found = verdict(tmp_path / "run", looped(twice))
+    assert codes(found) == ["stepped-twice"]
+    assert found.findings[0].where == f"{__file__}:{twice.__code__.co_firstlineno + 2}"
+    assert "The same optimiser" in found.findings[0].claim
+
+
+def test_two_optimisers_on_the_same_parameters_step_twice(tmp_path):
+    t = Task()
+    other = torch.optim.Adam(t.model[0].parameters(), lr=1e-3)
+
+    def loop():
+        for _ in range(STEPS):
+            usual(t)
+            other.step()
+
+    found = verdict(tmp_path / "run", loop)
+    assert codes(found) == ["stepped-twice"]
+    assert "Another optimiser" in found.findings[0].claim
+
+
+def test_two_optimisers_that_share_a_backward_pass_and_no_parameter_are_in_order(tmp_path):
+    t = Task()
+    first, last = (torch.optim.SGD(t.model[k].parameters(), lr=0.01) for k in (0, 2))
+
+    def loop():
+        for _ in range(STEPS):
+            t.model.zero_grad()
+            t.loss().backward()
+            first.step()
+            last.step()
+
+    assert codes(verdict(tmp_path / "run", loop)) == []
+
+
+def test_weights_that_are_loaded_again_each_epoch_are_told(tmp_path):
+    t = Task()
+    start = copy.deepcopy(t.model.state_dict())
+
+    def loop():
+        for _ in range(6):
+            t.model.load_state_dict(start)
+            for _ in range(10):
+                usual(t)
+
+    found = verdict(tmp_path / "run", loop)
+    assert codes(found) == ["weights-reset"]
+    assert found.findings[0].step == 11
+
+
+def clamped(t):
+    usual(t)
+    with torch.no_grad():
+        for p in t.model.parameters():
+            p.clamp_(-1, 1)
+
+
+def averaged_for_a_look(t):
+    usual(t)
+    now = copy.deepcopy(t.model.state_dict())
+    t.model.load_state_dict({name: 0.5 * x for name, x in now.items()})
+    t.model.load_state_dict(now)
+
+
+def not_moved(t):
+    for group in t.optimizer.param_groups:
+        group["lr"] = 0.0
+    clamped(t)
+
+
+@pytest.mark.parametrize("step", [clamped, averaged_for_a_look, not_moved], ids=lambda step: step.__name__)
+def test_weights_that_somebody_writes_into_are_not_reset(tmp_path, step):
+    assert "weights-reset" not in codes(verdict(tmp_path / "run", looped(step)))
+
+
+def test_weights_that_go_back_once_are_not_told(tmp_path):
+    t = Task()
+    start = copy.deepcopy(t.model.state_dict())
+
+    def loop():
+        for k in range(STEPS):
+            usual(t)
+            if k == 20:
+                t.model.load_state_dict(start)
+
+    assert codes(verdict(tmp_path / "run", loop)) == []
+
+
+@pytest.mark.parametrize("backoff", [0.99, 0.5])
+def test_a_scaler_that_leaves_out_most_steps_is_told_and_one_that_finds_its_scale_is_not(tmp_path, backoff):
+    t = Task(lr=1e-5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126, backoff_factor=backoff)
+
+    def loop():
+        for _ in range(60):
+            t.optimizer.zero_grad()
+            scaler.scale(1e3 * t.loss()).backward()
+            scaler.step(t.optimizer)
+            scaler.update()
+
+    found = verdict(tmp_path / "run", loop)
+    assert codes(found) == (["scaler-skips"] if backoff > 0.9 else [])
+
+
+@pytest.mark.parametrize(("rate", "lost"), [(1e-5, True), (0.3, False)])
+def test_updates_that_rounding_swallows_are_told(tmp_path, rate, lost):
+    t = Task(lr=rate)
+    t.model.bfloat16()
+
+    def step(t):
+        t.optimizer.zero_grad()
+        x = torch.randn(8, 3)
+        F.mse_loss(t.model(x.bfloat16()).float(), x.sum(1, keepdim=True)).backward()
+        t.optimizer.step()
+
+    found = verdict(tmp_path / "run", lambda: [step(t) for _ in range(STEPS)])
+    assert ("update-below-precision" in codes(found)) == lost
+    if lost:
+        assert found.findings[0].evidence[0].value > 0.9
