@@ -355,6 +355,15 @@ class TestOddRuns:
         assert "cannot be built again" in found.findings[0].advice
 
 
+def test_an_epsilon_above_the_gradients_is_no_small_rate(tmp_path):
+    torch.manual_seed(0)
+    model = mlp()
+    found = verdict(tmp_path, train(model, torch.optim.Adam(model.parameters(), lr=1e-3, eps=10.0), parts(), 200))
+    assert codes(found) == ["adam-constants"]
+    assert found.findings[0].word == PROVED
+    assert "lr-too-small" in {r.code for r in found.findings[0].ruled_out}
+
+
 class TestWithoutTapes:
     def compiled(self, tmp_path, loss):
         """A custom function in the path: it cannot be replayed."""

@@ -170,6 +170,22 @@ class TestCurvatureTimesRate:
         assert case(recorded(tmp_path, loop))["curvature × rate"].value == pytest.approx(expected, rel=0.05)
 
 
+class TestUnderEpsilon:
+    @pytest.mark.parametrize("eps", [1e-8, 0.3, 1e3])
+    @pytest.mark.parametrize("amsgrad", [False, True])
+    def test_it_is_the_share_of_the_optimisers_own_second_moments(self, tmp_path, eps, amsgrad):
+        X, y = regression()
+        known, w, optimizer, _ = regress(
+            tmp_path, X, y, lambda p: torch.optim.Adam(p, lr=0.01, eps=eps, amsgrad=amsgrad)
+        )
+        kept = optimizer.state[w]["max_exp_avg_sq" if amsgrad else "exp_avg_sq"]
+        assert known["under ε"].value == ((kept / (1 - 0.999**30)).sqrt() < eps).double().mean()
+
+    def test_an_optimiser_without_one_does_not_know_it(self, tmp_path):
+        X, y = regression()
+        assert regress(tmp_path, X, y, lambda p: torch.optim.SGD(p, lr=0.01))[0]["under ε"] is None
+
+
 class TestDriftGain:
     def test_on_a_line_it_is_the_best_of_its_multiples(self, tmp_path):
         w = torch.zeros(1, dtype=torch.float64, requires_grad=True)

@@ -35,6 +35,7 @@ MEASURES: dict[str, Measure] = {
     "head-room": motion.head_room,
     "head-room elsewhere": motion.head_room_elsewhere,
     "drift gain": motion.drift_gain,
+    "under ε": motion.under_epsilon,
     "curvature × rate": motion.curvature_times_rate,
     "curvature × rate at the start": motion.curvature_at_the_start,
     "different batches": motion.different_batches,
@@ -181,6 +182,13 @@ def _tiny_steps(case: Case) -> str:
     return (
         "The loss hardly moves because the steps are tiny: each update could be "
         f"{plain(_value(case, 'head-room'))} times as long before the loss of its own batch rises again."
+    )
+
+
+def _dulled(case: Case) -> str:
+    return (
+        f"The optimiser's ε is larger than the gradients: for {_value(case, 'under ε'):.0%} of the weights it takes "
+        "the place of the root mean square gradient, and the steps are as small as the gradients are."
     )
 
 
@@ -345,10 +353,25 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
         "Start again from another initialisation, or give the network more width.",
     ),
     Hypothesis(
+        "adam-constants",
+        (STUCK,),
+        (
+            SIGHT,
+            Prediction("under ε", 0.5, 1, "ε is below the gradients ({value:.0%} of the weights lie under it)"),
+            Prediction("head-room", 20, INF, "an update could be only {shown} × as long (a dulled one: over 20 ×)"),
+        ),
+        _dulled,
+        "Leave ε at its default of 1e-8, or at a hundredth of the gradients' root mean square.",
+        lambda case: [remedies.epsilon(1e-8)],
+    ),
+    Hypothesis(
         "lr-too-small",
         (STUCK,),
         (
             SIGHT,
+            Prediction(
+                "under ε", 0, 0.5, "ε holds the steps back ({value:.0%} of the weights lie under it)", needed=False
+            ),
             Prediction("head-room", 200, INF, "an update could be only {shown} × as long (a tiny one: over 200 ×)"),
             Prediction("head-room elsewhere", 20, INF, "on another batch it could be only {shown} times as long"),
             Prediction("drift gain", 0.01, 1, "nothing is gained further along its way ({value:.1%})", needed=False),

@@ -238,6 +238,25 @@ def _rates(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Tensor | None
     return torch.full((1,), rate, dtype=torch.float64) if set(kept) <= {"step", "momentum_buffer"} else None
 
 
+def under_epsilon(case: Case) -> Evidence | None:
+    """The share of numbers whose root mean square gradient, as Adam and its kin keep it, is below their ε."""
+    if case.state is None or case.state.optimizer is None:
+        return None
+    optimizer, below, count = case.state.optimizer, 0, 0
+    for group, members in zip(optimizer.groups, optimizer.members, strict=True):
+        for k in members:
+            kept = optimizer.state.get(k, {})
+            moment = kept.get("max_exp_avg_sq", kept.get("exp_avg_sq", kept.get("square_avg")))
+            if moment is not None and "eps" in group:
+                correction = 1 - group["betas"][1] ** float(kept.get("step", 1)) if "betas" in group else 1.0
+                below += int(((moment / correction).sqrt() < group["eps"]).sum())
+                count += moment.numel()
+    if not count:
+        return None
+    meaning = "share of the numbers whose rms gradient is below ε, so that the step is no longer scaled by it"
+    return Evidence.exact("under ε", below / count, meaning, n=count)
+
+
 def repeats_one_batch(case: Case) -> bool:
     return len(case.tapes) > 1 and len(distinct(case.tapes)) == 1
 

@@ -38,6 +38,17 @@ def larger_batch(times: int, *, proves: str = "") -> Remedy:
     return Remedy(f"batch × {times}", apply, proves=proves, least=FAR)
 
 
+def epsilon(value: float) -> Remedy:
+    """Another ε for an adaptive optimiser."""
+
+    def apply(copy: Fork) -> None:
+        for group in copy.optimizer.param_groups:
+            if "eps" in group:
+                group["eps"] = value
+
+    return Remedy(f"ε {value:g}", apply)
+
+
 def randomise() -> Remedy:
     """Adds noise of half the usual initial scale: N(0, 1/4 fan-in) on every weight matrix."""
 
