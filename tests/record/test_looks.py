@@ -42,7 +42,9 @@ def looked_at(costs, pace=1e-3, share=0.02, steps=4000):
     for step, cost in zip(range(1, steps + 1), itertools.cycle(costs)):
         if stepped.closely:
             found.append(step)
-        stepped.took_step(cost, pace, closely=stepped.closely)
+            stepped.was_looked_at(cost, pace)
+        else:
+            stepped.passed()
     return found
 
 

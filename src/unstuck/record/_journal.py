@@ -18,13 +18,18 @@ class Journal:
         self._log = log
         self._look = look  # is told the step and the loss of each
         self._waiting: list[dict[str, Any]] = []
+        self._unread = False  # whether some of these may lie on a device
         self._since = 0.0
         self._told: dict[str, Any] = {"skipped": 0}
         self.waited = 0.0  # seconds, for devices to do what the script had asked of them
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Takes the readings of a step, as numbers or 0-d tensors, by name; with its number and time."""
+    def add(self, record: dict[str, Any], *, closely: bool = True) -> None:
+        """Takes the readings of a step, as numbers or 0-d tensors, by name; with its number and time.
+
+        Of a step that was not looked at `closely` only the loss may be a tensor.
+        """
         self._waiting.append(record)
+        self._unread = self._unread or closely or type(record.get("loss")) is not float
         if len(self._waiting) >= STEPS or record["time"] - self._since >= SECONDS:
             self._since = record["time"]
             self.settle()
@@ -33,8 +38,10 @@ class Journal:
     def settle(self) -> None:
         """Logs what waits."""
         waiting, self._waiting = self._waiting, []
-        self.waited += wait(on_devices(waiting))
-        for record in settled(waiting):
+        if self._unread:
+            self.waited += wait(on_devices(waiting))
+            waiting, self._unread = settled(waiting), False
+        for record in waiting:
             for name in RARE:
                 if name in record:
                     if record[name] == self._told.get(name):

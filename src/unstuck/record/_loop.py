@@ -25,12 +25,7 @@ class Loop:
         self._tell = tell
         self._norms = 0  # steps of which the gradient's norm was read
         self._ends = 0  # steps whose end was looked at
-        self._last: Stepped | None = None  # who took the step before
-
-    def begins(self, stepped: Stepped) -> None:
-        """A step begins, one of all."""
-        if stepped.first is not None and stepped.first._version != stepped.left:
-            self._written_between(stepped)
+        self.last: Stepped | None = None  # who took the step before
 
     def reads(self, norm: object) -> None:
         """The gradient of the coming step was looked at: its norm, if that was read and is no longer on a device."""
@@ -45,19 +40,13 @@ class Loop:
     def looks(self, stepped: Stepped) -> None:
         """A step ends that is looked at."""
         self._ends += 1
-        again = self._last is not None and not {"b", "z"} & set(self._hooks.order)
-        if again and self._last is not None and _share(self._last, stepped):
-            other = self._last is not stepped
+        last = self.last
+        if last is not None and not {"b", "z"} & set(self._hooks.order) and _share(last, stepped):
+            other = last is not stepped
             self._tell("stepped-again", of=self._ends, line=caller(), other=other)
         start = self._start(stepped)
         if start and not stepped.moved:
             stepped.moved = not torch.equal(*start[0])
-
-    def ends(self, stepped: Stepped) -> None:
-        """A step ends, one of all."""
-        if stepped.first is not None:
-            stepped.left = stepped.first._version
-        self._last = stepped
 
     def graph(self, recorder: Recorder, optimizer: torch.optim.Optimizer, known: Sequence[Stepped], heard: int) -> None:
         """A recorded step: parameters that no gradient reaches, or no optimiser moves."""
@@ -70,7 +59,7 @@ class Loop:
         if lost:
             self._tell("orphan-gradient", of=heard, names=[self._leaves.name(p) for p in lost])
 
-    def _written_between(self, stepped: Stepped) -> None:
+    def written_between(self, stepped: Stepped) -> None:
         """Somebody wrote into the weights since the last step: looked at when that has happened twice as often."""
         stepped.writes += 1
         if stepped.writes & (stepped.writes - 1) or not stepped.moved:

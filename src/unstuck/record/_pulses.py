@@ -126,6 +126,16 @@ def together(parts: Sequence[Tensor]) -> Tensor:
     return torch.stack([p if p.device == device else p.to(device, non_blocking=True) for p in parts]).double()
 
 
+def summed(losses: Sequence[Reading]) -> Reading:
+    """The sum of what backward() was called on; on a device that is not the CPU if any is there, to be read later."""
+    if len(losses) == 1 and type(losses[0]) is float:
+        return losses[0]
+    if any(isinstance(x, Tensor) and not x.is_cpu for x in losses):
+        parts = [torch.as_tensor(x) for x in losses]
+        return parts[0] if len(parts) == 1 else together(parts).sum()
+    return sum(map(float, losses))
+
+
 def on_devices(records: Sequence[dict[str, Any]]) -> set[torch.device]:
     """The devices, other than the CPU, that readings still lie on."""
     return {t.device for t in _tensors(records) if t.device.type != "cpu"}

@@ -30,7 +30,7 @@ class Stepped:
         self.closely = True
         self.steps = 0
         self._looks = Clock(PART * budget)
-        self._next = FIRST_LOOKS  # step that is looked at
+        self.next = FIRST_LOOKS  # step that is looked at
 
     def meets(self, parameters: Sequence[Tensor]) -> None:
         """Takes note of the parameters that the optimiser has now."""
@@ -38,16 +38,21 @@ class Stepped:
         self.first = next((p for p in parameters if p.requires_grad and not p.is_inference()), None)
         self.left = 0 if self.first is None else self.first._version
 
-    def took_step(self, seconds: float, pace: float, *, closely: bool) -> None:
-        """A step was taken; to look at it closely took so many seconds, or 0 where that tells nothing."""
+    def passed(self) -> None:
+        """A step was taken, and not looked at."""
         self.steps += 1
-        if closely and self.steps >= FIRST_LOOKS - 1:
+        self.closely = self.steps + 1 >= self.next
+
+    def was_looked_at(self, seconds: float, pace: float) -> None:
+        """A step was taken and looked at, in so many seconds, or 0 where that tells nothing."""
+        self.steps += 1
+        if self.steps >= FIRST_LOOKS - 1:
             if seconds:
                 self._looks.took(self.steps, seconds, pace)
             # now and then a little later, lest a habit that the loop repeats is always met at one place
             late = (self.steps * 2654435761 >> 16) % (self._looks.every // 2 + 1)
-            self._next = self.steps + (1 if self.pulses.compares else self._looks.every + late)
-        self.closely = self.steps + 1 >= self._next or self.steps + 1 < FIRST_LOOKS
+            self.next = self.steps + (1 if self.pulses.compares else self._looks.every + late)
+        self.closely = self.steps + 1 >= self.next or self.steps + 1 < FIRST_LOOKS
 
 
 def stepping(optimizer: torch.optim.Optimizer | None) -> bool:

@@ -26,7 +26,7 @@ from unstuck.record._loop import Loop
 from unstuck.record._models import Leaves
 from unstuck.record._moments import Tick, Ticks
 from unstuck.record._nonfinite import first_nonfinite, first_nonfinite_gradient, met_again
-from unstuck.record._pulses import together
+from unstuck.record._pulses import summed
 from unstuck.record._ranks import own_rank, ranked, ranks, sharded
 from unstuck.record._run import Run
 from unstuck.record._state import moved
@@ -215,12 +215,15 @@ class Watch:
             return  # one that steps within the step of another is a part of that
         self._outer = optimizer
         stepped = self._stepped.get(id(optimizer))
-        if stepped is not None:
-            self._loop.begins(stepped)
+        if stepped is not None and stepped.first is not None and stepped.first._version != stepped.left:
+            self._loop.written_between(stepped)
         rate = optimizer.param_groups[0].get("lr")
         self._record = {} if isinstance(rate, Tensor) else {"lr": rate if rate is None else float(rate)}
         if self._losses:
-            self._read_loss()
+            self._record["backwards"] = len(self._losses)
+            self._record["loss"] = loss = summed(self._losses)
+            if type(loss) is float:  # else it is read later
+                self._finite = math.isfinite(loss)
         first = not self._finite and "non-finite" not in self._counts
         self._closely = stepped is None or stepped.closely or self._deck.listening or first
         if self._closely:
@@ -271,10 +274,15 @@ class Watch:
             self._look_after(stepped, record)
         elif self._hurry or not self._turns.alone:  # turns come at steps of their own
             self._plan()
-        self._loop.ends(stepped)
+        if stepped.first is not None:
+            stepped.left = stepped.first._version
+        self._loop.last = stepped
         self._hooks.order.clear()
-        self._journal.add(record)
-        stepped.took_step(self._cost, self._pace, closely=self._closely)
+        self._journal.add(record, closely=self._closely)
+        if self._closely:
+            stepped.was_looked_at(self._cost, self._pace)
+        else:
+            stepped.passed()
         if stepped.closely or self._deck.listening:
             self._stale.note_step(optimizer)
         elif self._stale.left:
@@ -401,15 +409,6 @@ class Watch:
         for stepped in self._stepped.values():
             stepped.size = -1
             self._meet(stepped.optimizer)
-
-    def _read_loss(self) -> None:
-        self._record["backwards"] = len(self._losses)
-        if any(isinstance(x, Tensor) and not x.is_cpu for x in self._losses):  # to be read later
-            parts = [torch.as_tensor(x) for x in self._losses]
-            self._record["loss"] = parts[0] if len(parts) == 1 else together(parts).sum()
-            return
-        self._record["loss"] = loss = sum(map(float, self._losses))
-        self._finite = math.isfinite(loss)
 
     def _counted(self, code: str, *, of: int, **values: Any) -> None:
         """Logs a fact that may hold at every one `of` the steps looked at: once, and when its count has doubled."""
