@@ -5,18 +5,20 @@ from typing import Any
 from unstuck.diagnosis._blown import fact_of, on_rank
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
+from unstuck.diagnosis._wiring import WIRING
 
 OFTEN = 0.9  # the share of the steps at which a fact must hold before it is the run's habit
 LEAST_STEPS = 3
 
 
 def exact_findings(case: Case) -> list[Finding]:
-    """The exact faults of a run, each named once."""
+    """The exact faults that a run's facts tell, each named once; those of its program are `wiring_findings`."""
     checks = (non_finite_data, zero_grad_missing, parameters_not_optimised, graph_cut)
     return [found for check in checks if (found := check(case)) is not None]
 
 
-EXACT = ("non-finite-data", "zero-grad-missing", "parameters-not-optimised", "graph-cut")
+FACTS = ("non-finite-data", "zero-grad-missing", "parameters-not-optimised", "graph-cut")
+EXACT = (*FACTS, *WIRING)
 
 
 def non_finite_data(case: Case) -> Finding | None:
