@@ -67,8 +67,9 @@ class TestWhatEntersALoss:
             lambda z: 10 * z.tanh(),
             lambda z: z + (z.softmax(1) * z).mean(),
             lambda z: z.relu(),
+            lambda z: F.hardtanh(z, -30.0, 30.0),
         ],
-        ids=["log_softmax", "log", "cosine", "clipped", "attention", "relu"],
+        ids=["log_softmax", "log", "cosine", "clipped", "attention", "relu", "bounded for safety"],
     )
     def test_logits_of_other_kinds_are_right(self, tmp_path, logits):
         assert found(tmp_path, mlp(), lambda m, x, y: F.cross_entropy(logits(m(x)), y)) == []
@@ -188,6 +189,7 @@ class TestBroadcasting:
             lambda z, y: ((-((z - y) ** 2)).softmax(1) @ y[:, None] - y[:, None]).square().mean(),
             lambda z, y: ((z - torch.ones(1)) ** 2).mean(),
             lambda z, y: F.mse_loss(z, torch.ones(len(z), 1)),
+            lambda z, y: (z - torch.linspace(-1, 1, 16)).square().mean(),
             energy,
         ],
         ids=[
@@ -201,6 +203,7 @@ class TestBroadcasting:
             "attention",
             "scalar",
             "same",
+            "grid",
             "energy",
         ],
     )

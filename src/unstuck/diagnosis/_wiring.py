@@ -27,6 +27,7 @@ OUTSIDE = 0.2  # the least share of the targets that the outputs cannot reach
 ROUNDING = 1e-4  # of the sum of a row of probabilities, in half precision some 1e-3
 SOFTMAX = frozenset(("softmax", "special_softmax", "softmin"))
 SIGMOID = frozenset(("sigmoid", "sigmoid_", "hardsigmoid", "hardsigmoid_"))
+NARROW = SIGMOID | {"tanh", "tanh_"}  # others may bound logits widely, for safety
 RANGES = {  # of an activation's outputs
     **dict.fromkeys((*SIGMOID, *SOFTMAX), (0.0, 1.0)),
     **dict.fromkeys(("tanh", "tanh_", "hardtanh", "hardtanh_"), (-1.0, 1.0)),
@@ -143,7 +144,7 @@ def output_out_of_range(case: Case) -> Finding | None:
                 low, high = argument(source, 1, "min_val", -1.0), argument(source, 2, "max_val", 1.0)
             each = [c[targets.at] for t in w.recent for c in t.of_shares(t.constants)]
             if call.name == "cross_entropy":
-                if not _bounded_logits(call, source, each, high):
+                if not _bounded_logits(call, source, each):
                     continue
                 claim = (
                     f"cross_entropy() wants logits of any size, but {source.name}() keeps them in {low:g} to {high:g}"
@@ -166,10 +167,10 @@ def output_out_of_range(case: Case) -> Finding | None:
     return None
 
 
-def _bounded_logits(call: Instruction, source: Instruction, targets: Sequence[Tensor], high: float) -> bool:
-    """Whether a bounded activation feeds a loss of hard classes, which asks for differences without a bound."""
+def _bounded_logits(call: Instruction, source: Instruction, targets: Sequence[Tensor]) -> bool:
+    """Whether a narrow activation feeds a loss of hard classes, which asks for differences without a bound."""
     hard = all(not y.is_floating_point() for y in targets) and not argument(call, 7, "label_smoothing", 0.0)
-    return hard and source.name not in SOFTMAX and high != float("inf")
+    return hard and source.name in NARROW
 
 
 # Shapes
@@ -199,9 +200,9 @@ def silent_broadcast(case: Case) -> Finding | None:
                 return shown(
                     "silent-broadcast",
                     program.place(k),
-                    f"Outputs of shape ({n}, 1) meet targets of shape ({n},): torch compares every output with every "
-                    f"target, {n} × {n} pairs, and the best the network can do is the mean of the targets.",
-                    "Give both sides the same shape: outputs.squeeze(1), or targets.unsqueeze(1).",
+                    f"Shapes ({n}, 1) and ({n},) meet in {call.name}(): torch pairs every row with every other, "
+                    f"{n} × {n} numbers, and their average no longer tells which target belongs to which output.",
+                    "Give outputs and targets the same shape, with squeeze(1) on the one or unsqueeze(1) on the other.",
                     Evidence.exact("pairs compared", n * n, f"where {n} rows have {n} targets", n=n),
                 )
     return None
@@ -216,8 +217,18 @@ def _may_cross(w: Wires, call: Instruction) -> bool:
     """Whether a constant meets what depends on parameters, or a loss two of any kind."""
     if len(_sides(call)) != 2 or w.live.isdisjoint(call.outputs):
         return False
-    kinds = {type(x) for x in _sides(call)}
-    return call.name in SQUARED or (kinds == {Slot, Constant} and w.program.parameters <= max(call.slots()))
+    sides = _sides(call)
+    if call.name in SQUARED:
+        return True
+    return {type(x) for x in sides} == {Slot, Constant} and all(
+        x.at >= w.program.parameters if type(x) is Slot else _differs(w, x) for x in sides
+    )
+
+
+def _differs(w: Wires, x: Constant) -> bool:
+    """Whether a constant is of the batch: a grid, or thresholds, are the same at every step."""
+    first, *others = [t.constants[x.at] for t in w.recent]
+    return not others or any(y.shape != first.shape or not torch.equal(y, first) for y in others)
 
 
 def _reduces(call: Instruction) -> bool:
