@@ -145,6 +145,32 @@ class TestWhatEntersALoss:
 
         assert found(tmp_path, mlp(), loss) == []
 
+    @pytest.mark.parametrize(
+        "loss",
+        [lambda z, y: F.mse_loss(z[:, 0], y.float()), lambda z, y: F.l1_loss(z.view(-1, 4)[..., 0], y.float())],
+        ids=["square", "distance"],
+    )
+    def test_class_numbers_and_one_output_of_many(self, tmp_path, loss):
+        assert found(tmp_path, mlp(), lambda m, x, y: loss(m(x), y)) == ["wrong-loss"]
+
+    @pytest.mark.parametrize(
+        "loss",
+        [
+            lambda z, y: F.mse_loss(z[:, 0], y.float()) + z[:, 1:].square().mean(),
+            lambda z, y: F.mse_loss(z[:, 0], y + 0.5),
+            lambda z, y: F.mse_loss(z[:, 0], y.float() + 10),
+            lambda z, y: F.mse_loss(z[:, 0], (y > 1).float()),
+            lambda z, y: F.mse_loss(z.mean(1), y.float()),
+            lambda z, y: F.mse_loss(z, F.one_hot(y, 4).float()),
+        ],
+        ids=["the others, too", "fractions", "counts", "two values", "mean", "one hot"],
+    )
+    def test_whole_numbers_that_are_quantities(self, tmp_path, loss):
+        assert found(tmp_path / "many", mlp(), lambda m, x, y: loss(m(x), y)) == []
+
+    def test_ratings_and_a_single_output(self, tmp_path):
+        assert found(tmp_path, mlp(classes=1), lambda m, x, y: F.mse_loss(m(x)[:, 0], y.float())) == []
+
 
 def scores(z, y):
     p = z.sigmoid()

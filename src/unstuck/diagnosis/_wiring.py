@@ -11,7 +11,7 @@ from torch import Tensor
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import Evidence, Finding
 from unstuck.diagnosis._steering import eval_while_training, inputs_empty, wrong_sign
-from unstuck.diagnosis._wires import WITH_WEIGHT, Wires, argument, losses, observed, shown, wires
+from unstuck.diagnosis._wires import SAME, WITH_WEIGHT, Wires, argument, losses, observed, shown, wires
 from unstuck.objective import Constant, Instruction, Slot, TapeError, tensors
 
 WIRING = (
@@ -19,6 +19,7 @@ WIRING = (
     "softmax-before-cross-entropy",
     "wrong-logits-pair",
     "output-out-of-range",
+    "wrong-loss",
     "wrong-sign",
     "eval-while-training",
     "inputs-empty",
@@ -47,6 +48,7 @@ def wiring_findings(case: Case) -> list[Finding]:
         softmax_before_cross_entropy,
         wrong_logits_pair,
         output_out_of_range,
+        wrong_loss,
         wrong_sign,
         eval_while_training,
         inputs_empty,
@@ -171,6 +173,51 @@ def _bounded_logits(call: Instruction, source: Instruction, targets: Sequence[Te
     """Whether a narrow activation feeds a loss of hard classes, which asks for differences without a bound."""
     hard = all(not y.is_floating_point() for y in targets) and not argument(call, 7, "label_smoothing", 0.0)
     return hard and source.name in NARROW
+
+
+def wrong_loss(case: Case) -> Finding | None:
+    """Class numbers that one output of many is to match as a quantity, while the others are left alone."""
+    for w in case.once(wires):
+        for k, call, outputs, targets in losses(w, SQUARED):
+            width = _one_of(case, w, outputs)
+            if width is None or type(targets) is not Constant:
+                continue
+            y = torch.cat([c[targets.at].double().flatten() for t in w.recent for c in t.of_shares(t.constants)])
+            classes = y.unique()
+            if (
+                len(classes) < 3
+                or bool((classes != classes.round()).any())
+                or not 0 <= classes[0] <= classes[-1] < width
+            ):
+                continue
+            return shown(
+                "wrong-loss",
+                w.program.place(k),
+                f"{call.name}() compares one of {width} outputs with class numbers, as if class 2 lay between 1 and 3; "
+                f"no gradient reaches the other {width - 1} outputs.",
+                "Give all outputs and the classes, as whole numbers, to cross_entropy().",
+                Evidence.exact("outputs without a gradient", width - 1, f"of {width}", n=len(w.tapes)),
+            )
+    return None
+
+
+def _one_of(case: Case, w: Wires, x: Any) -> int | None:
+    """How many outputs the last layer has, where a loss sees one of them and nothing else sees any."""
+    calls, picked = w.program.instructions, False
+    while type(x) is Slot and x.at in w.maker:
+        call = calls[w.maker[x.at]]
+        if call.name == "linear":
+            weight = argument(call, 1, "weight")
+            if not picked or type(weight) is not Slot or weight.at >= w.program.parameters or case.state is None:
+                return None
+            width = case.state.weights[weight.at].shape[0]
+            return width if width > 2 else None
+        index = call.args[1] if call.name == "__getitem__" and len(call.args) == 2 else None
+        picked = picked or (type(index) is tuple and type(index[-1]) is int)
+        if call.name not in SAME or not call.args or w.users.get(getattr(call.args[0], "at", -1)) != [w.maker[x.at]]:
+            return None
+        x = call.args[0]
+    return None
 
 
 # Shapes
