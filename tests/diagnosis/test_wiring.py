@@ -303,6 +303,18 @@ class TestTheSignOfTheLoss:
         judge, model = mlp().requires_grad_(False), nn.Linear(8, 8)
         assert found(tmp_path, model, lambda m, x, y: -F.cross_entropy(judge(x + m(x)), y)) == []
 
+    def test_a_network_to_fool_that_nobody_moves(self, tmp_path):
+        judge, model = mlp(), nn.Linear(8, 8)
+        assert found(tmp_path, model, lambda m, x, y: -F.cross_entropy(judge(x + m(x)), y)) == []
+
+    def test_a_loss_that_falls_all_the_same(self, tmp_path):
+        """What is subtracted is next to nothing beside the decay of weights that were too large."""
+        model = mlp()
+        with torch.no_grad():
+            model[2].weight.mul_(30)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1.0)
+        assert found(tmp_path, model, lambda m, x, y: -1e-9 * F.cross_entropy(m(x), y), optimizer=optimizer) == []
+
     def test_two_players(self, tmp_path):
         one, other = nn.Linear(8, 8), mlp()
         a, b = torch.optim.SGD(one.parameters(), lr=0.01), torch.optim.SGD(other.parameters(), lr=0.01)
@@ -343,8 +355,14 @@ class TestTheModeOfTheModel:
         assert found(tmp_path, model, classified) == []
 
     def test_only_the_norms_in_eval_mode(self, tmp_path):
-        model = nn.Sequential(*with_norm(), nn.Dropout(0.3))
+        model = with_norm()
         model[1].eval()
+        assert found(tmp_path, model, classified) == []
+
+    def test_a_new_head_in_training_mode(self, tmp_path):
+        """The model was loaded in eval mode, and stays there on purpose: its head has been switched back."""
+        model = nn.Sequential(*with_norm(), nn.Dropout(0.3)).eval()
+        model[-1].train()
         assert found(tmp_path, model, classified) == []
 
     def test_a_frozen_backbone_in_eval_mode(self, tmp_path):
