@@ -450,15 +450,6 @@ def numpy_indices_and_scalars():
     return list(a.parameters()), step
 
 
-def activations_that_torch_does_not_list():
-    x, a = torch.randn(6, 3), nn.Linear(3, 5)
-
-    def step(backward):
-        backward((nn.Hardswish()(a(x)) * nn.functional.hardsigmoid(a(x))).sum())
-
-    return list(a.parameters()), step
-
-
 PROGRAMS = {
     f.__name__: f
     for f in (
@@ -489,7 +480,6 @@ PROGRAMS = {
         weight_norm_and_gradient_checkpoints,
         an_input_that_wants_a_gradient,
         numpy_indices_and_scalars,
-        activations_that_torch_does_not_list,
     )
 } | {
     "gru": _recurrent(nn.GRU),
