@@ -75,6 +75,18 @@ def test_a_tape_read_back_from_disk_is_the_same_tape(name):
     assert_same(ours[1], theirs[1], rtol=0)
 
 
+def test_activations_that_torch_does_not_list_can_be_written():
+    """They have no second derivatives, either."""
+    x, a = torch.randn(6, 3), nn.Linear(3, 5)
+
+    def step(backward):
+        backward((nn.functional.hardswish(a(x)) * nn.functional.hardsigmoid(a(x))).sum())
+
+    tape, leaves, _ = record(lambda: (list(a.parameters()), step))
+    (back,) = unpack(pack([tape]))
+    assert torch.equal(replayed(back, leaves)[0], replayed(tape, leaves)[0])
+
+
 # Their gradients are not those of a function of the weights: what was cut out of the graph moves with the weights too.
 CUT = {"batch_norm_trained_then_evaluated", "codebook_moved_through_data", "statistics_by_hand"}
 CUT |= {"targets_without_gradients"}

@@ -8,7 +8,7 @@ import torch
 
 from unstuck.diagnosis._blown import non_finite
 from unstuck.diagnosis._case import Case, Measure
-from unstuck.diagnosis._exact import EXACT, exact_findings
+from unstuck.diagnosis._exact import EXACT, FACTS, exact_findings
 from unstuck.diagnosis._findings import (
     CANNOT_TELL,
     PROVED,
@@ -24,6 +24,7 @@ from unstuck.diagnosis._findings import (
 from unstuck.diagnosis._hypotheses import BLIND, DIVERGED, HYPOTHESES, MEASURES, STUCK, Hypothesis, at_chance, symptom
 from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, Remedy, run_trial
+from unstuck.diagnosis._wiring import WIRING
 from unstuck.objective import TapeError
 from unstuck.record import Run
 
@@ -54,12 +55,14 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
     exact = exact_findings(case)
     if run.steps == 0 and not exact:
         return _result(run, [], (), dict.fromkeys(codes, "no optimiser step was recorded"))
+    unread = {} if case.tapes else dict.fromkeys(WIRING, _why_no_tapes(case))
     if exact:
         because = f"{exact[0].code} explains it: mend that first"
-        return _result(run, exact, EXACT, dict.fromkeys((h.code for h in hypotheses), because))
+        checked = [c for c in EXACT if c not in unread]
+        return _result(run, exact, checked, unread | dict.fromkeys((h.code for h in hypotheses), because))
     sign = symptom(case)
     if sign is None:
-        unseen = _unseen(case, hypotheses)
+        unseen = unread | _unseen(case, hypotheses)
         return _result(run, _elsewhere(case), [c for c in codes if c not in unseen], unseen)
     if not case.tapes:
         return _without_tapes(case, codes, sign)
@@ -204,16 +207,21 @@ def since(case: Case) -> int:
 
 
 def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
-    reasons = next((e["refusals"] for e in reversed(case.run.of("end")) if e.get("refusals")), {})
-    because = max(reasons, key=reasons.__getitem__) if reasons else "no step could be recorded for replay"
-    because = case.left_out or because
+    because = _why_no_tapes(case)
+    unjudged = dict.fromkeys(codes[len(FACTS) :], because)
     level, rise = case["loss over chance"], case["rise of the loss"]
     blown_up = (rise is not None and math.isinf(rise.value)) or (level is not None and level.value >= LASTING)
     if not (blown_up if sign == DIVERGED else at_chance(case)):  # the losses of a policy, or of a game, may well rise
-        return _result(case.run, [], EXACT, dict.fromkeys(codes[len(EXACT) :], because))
+        return _result(case.run, [], FACTS, unjudged)
     what = _blown_up(case) if sign == DIVERGED else "The loss is stuck at the level of chance"
     found = _unknown(case, f"{what}; the steps cannot be replayed: {because}.")
-    return _result(case.run, [found], EXACT, dict.fromkeys(codes[len(EXACT) :], because))
+    return _result(case.run, [found], FACTS, unjudged)
+
+
+def _why_no_tapes(case: Case) -> str:
+    reasons = next((e["refusals"] for e in reversed(case.run.of("end")) if e.get("refusals")), {})
+    because = max(reasons, key=reasons.__getitem__) if reasons else "no step could be recorded for replay"
+    return case.left_out or because
 
 
 def _blown_up(case: Case) -> str:

@@ -14,6 +14,7 @@ from unstuck.diagnosis._loop import (
     weights_reset,
     wrong_order,
 )
+from unstuck.diagnosis._wiring import WIRING, wiring_findings
 
 LEAST_STEPS = 3
 Check = Callable[[Case], Finding | None]
@@ -21,7 +22,7 @@ Check = Callable[[Case], Finding | None]
 
 def exact_findings(case: Case) -> list[Finding]:
     """The exact faults of a run, each named once."""
-    return told_findings(case) + _found(case, READ)
+    return [*told_findings(case), *_found(case, READ), *wiring_findings(case)]
 
 
 def told_findings(case: Case) -> list[Finding]:
@@ -141,4 +142,5 @@ TOLD: dict[str, Check] = {  # causes before what they lead to
     "weights-reset": weights_reset,
 }
 READ: dict[str, Check] = {"scaler-skips": scaler_skips, "update-below-precision": update_below_precision}
-EXACT = (*TOLD, *READ)
+FACTS = (*TOLD, *READ)  # which need no step that can be replayed
+EXACT = (*FACTS, *WIRING)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import _VF
+from torch.nn import functional
 from torch.overrides import get_overridable_functions, resolve_name
 
 from unstuck.objective._program import Constant, Instruction, Number, Place, Program, Slice, Slot, Tape, TapeError
@@ -19,6 +20,8 @@ _UNDERSCORED = (  # internal functions that torch.nn and torch.distributions cal
     "_weight_norm _pack_padded_sequence _pad_packed_sequence _is_all_true _is_any_true _standard_gamma "
     "_sample_dirichlet _safe_softmax _euclidean_dist _foreach_norm _foreach_mul _foreach_add _foreach_pow"
 ).split()
+
+_UNLISTED = ("hardsigmoid", "hardswish")  # which torch lets a mode see and does not list
 
 
 def pack(tapes: Sequence[Tape]) -> dict[str, Any]:
@@ -124,6 +127,7 @@ def _functions() -> dict[str, Callable[..., Any]]:
     builtins = vars(_VF)["vf"]
     names = [n for n in dir(builtins) if not n.startswith(("_", "from", "empty"))]
     more = {f"torch.{n}": getattr(builtins, n) for n in (*names, *_UNDERSCORED)}
+    more |= {f"torch.nn.functional.{n}": getattr(functional, n) for n in _UNLISTED}
     return more | known
 
 
