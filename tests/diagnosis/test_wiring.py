@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from runs import batches, blobs, case, codes, mlp, recorded, train, verdict
 from torch import nn
 
-from unstuck.diagnosis._exact import EXACT
+from unstuck.diagnosis._exact import EXACT, told_findings
 from unstuck.diagnosis._findings import SHOWN
 from unstuck.diagnosis._wiring import WIRING, wiring_findings
 
