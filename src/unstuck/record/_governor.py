@@ -33,12 +33,13 @@ class Clock:
         self._next = step + self.every
 
 
-def extra(elapsed: float, *, ill: bool) -> float:
+def extra(elapsed: float, *, needed: bool) -> float:
     """The seconds beyond the promised share that steps wanted at once may take: what comes later makes up for them.
 
-    A run that is `ill`, with a loss that is not finite, may have as many at once as any other in a minute.
+    Those that are `needed`, the first ones and those of a run whose loss is not finite, may take as many at once as
+    others in a minute.
     """
-    return EXTRA_MOST if ill else min(max(EXTRA_SECONDS, EXTRA_SHARE * elapsed), EXTRA_MOST)
+    return EXTRA_MOST if needed else min(max(EXTRA_SECONDS, EXTRA_SHARE * elapsed), EXTRA_MOST)
 
 
 class Alarm:

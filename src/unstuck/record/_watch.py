@@ -320,7 +320,7 @@ class Watch:
             if self._deck.bytes <= SAFE_BYTES:
                 self.save()
         allowed = MARGIN * self._budget * elapsed
-        beyond = extra(elapsed, ill="non-finite" in self._counts)
+        beyond = extra(elapsed, needed=self.heard < FIRST_TAPES or "non-finite" in self._counts)
         free = self._wanted > 0 and spent - allowed < beyond and self._refused < FRUITLESS
         if self._turns.due(self.steps + 1, spent, allowed) or free:
             self._wanted -= 1
