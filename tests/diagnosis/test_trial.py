@@ -54,6 +54,44 @@ def test_the_control_is_the_run_continued_by_hand(tmp_path, kind):
     assert list(control.curve) == pytest.approx(by_hand(*pair, parts, [t.step for t in known.split[0]]), rel=1e-6)
 
 
+def test_the_control_clips_as_the_run_did(tmp_path):
+    torch.manual_seed(0)
+    model, parts = mlp(), batches(*blobs(200), 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def clip(*_):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+
+    def step(k):
+        optimizer.zero_grad()
+        loss = classify(model, *parts[k % len(parts)])
+        loss.backward()
+        clip()
+        optimizer.step()
+
+    known = case(recorded(tmp_path, lambda: [step(k) for k in range(100)]))
+    assert known.clip == pytest.approx(0.05, rel=1e-3)
+    control = run_trial(known, []).arms[0]
+    model, optimizer = copy.deepcopy((model, optimizer))
+    optimizer.register_step_pre_hook(clip)
+    by_clipping = by_hand(model, optimizer, parts, [t.step for t in known.split[0]])
+    assert list(control.curve) == pytest.approx(by_clipping, rel=1e-3)
+
+
+def test_a_run_that_does_not_clip_has_no_such_norm(tmp_path):
+    assert trained(tmp_path)[0].clip == math.inf
+
+
+def test_a_few_batches_that_are_learned_by_heart_tell_nothing(tmp_path):
+    torch.manual_seed(0)
+    x, y = torch.randn(400, 20), torch.randint(0, 4, (400,))  # labels of chance: there is nothing else to learn
+    model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    known = case(recorded(tmp_path, train(model, optimizer, batches(x, y, 16), 24)))
+    with pytest.raises(ValueError, match="learns them by heart"):
+        run_trial(known, [NOTHING])
+
+
 def test_what_judges_was_never_trained_on(tmp_path):
     known = trained(tmp_path)[0]
     train_on, judge = known.split

@@ -124,12 +124,12 @@ def test_an_alarm_asks_only_for_the_recent_steps_that_are_missing(tmp_path, monk
     monkeypatch.setattr(_watch, "KEPT", 40)
     torch.manual_seed(0)
     model, data = nn.Linear(3, 2), torch.randn(5, 3)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the alarm rings at steps 128, 256 and 512
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the alarm rings at steps 64, 128 and 256
     with unstuck.watch(folder=tmp_path / "run", budget=NOTHING) as run:
-        for _ in range(600):
+        for _ in range(300):
             optimizer.zero_grad()
             model(data).square().mean().backward()
             optimizer.step()
         steps = [t.step for t in run.memory().tapes]
-    late = [sum(128 * k < s <= 256 * k for s in steps) for k in (1, 2)]
+    late = [sum(64 * k < s <= 128 * k for s in steps) for k in (1, 2)]
     assert late == [40, 0]

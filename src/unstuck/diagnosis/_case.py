@@ -128,6 +128,16 @@ class Case:
     def names(self) -> tuple[str, ...]:
         return () if self.memory is None else self.memory.names
 
+    @cached_property
+    def clip(self) -> float:
+        """The norm that the script clips its gradients to, as far as it shows: none that a step used was longer.
+
+        Infinite where it does not clip. A tape ends at the loss: steps that go on from it have to clip as well.
+        """
+        clips = {step for step, n in zip(*self.run.series("clips"), strict=True) if n}
+        norms = [x for step, x in zip(*self.run.series("grad_norm"), strict=True) if step in clips and math.isfinite(x)]
+        return max(norms, default=0.0) or math.inf
+
     def objective(self, tapes: Sequence[Tape], weights: Sequence[Tensor]) -> Objective:
         """The mean loss of tapes as a function of the parameters that take part in them."""
         return of_tapes(tapes, weights)
@@ -155,6 +165,12 @@ class Case:
                 rows = [y.reshape(-1, 1) for y in rows]
             return float(torch.cat(rows).var(0, correction=0).mean())
         return None
+
+
+def clipped(weights: Sequence[Tensor], norm: float) -> None:
+    """Shortens the gradient of all weights to a norm."""
+    if norm < math.inf:
+        torch.nn.utils.clip_grad_norm_(weights, norm)
 
 
 def _losses(run: Run) -> tuple[list[int], list[float]]:

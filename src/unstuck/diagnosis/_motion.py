@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unstuck.critical import Escape, escape
 from unstuck.curvature import eigenpairs, hessian
-from unstuck.diagnosis._case import Case, distinct, rebuilt
+from unstuck.diagnosis._case import Case, clipped, distinct, rebuilt
 from unstuck.diagnosis._findings import Evidence
 from unstuck.diagnosis._structure import mean_loss
 from unstuck.diagnosis._trial import STEPS
@@ -70,11 +70,12 @@ def rise(case: Case) -> Evidence | None:
     return Evidence.exact("rise of the loss", worst, "the worst loss over the first", n=len(case.losses))
 
 
-def update(state: State, tape: Tape) -> list[Tensor]:
-    """What the run's optimiser, with its state, would do to the weights on a tape."""
+def update(state: State, tape: Tape, clip: float = math.inf) -> list[Tensor]:
+    """What the run's optimiser, with its state, would do to the weights on a tape whose gradient is clipped."""
     leaves = _leaves(state)
     optimizer = rebuilt(state, leaves)
     tape.replay(leaves).backward()
+    clipped(leaves, clip)
     optimizer.step()
     return [(a.detach() - b) for a, b in zip(leaves, state.weights, strict=True)]
 
@@ -98,7 +99,7 @@ def _head_room(case: Case, name: str, meaning: str, *, shift: int) -> Evidence |
         return None
     found: list[float] = []
     for k, tape in enumerate(tapes[:5]):
-        found.append(_crossing(state.weights, update(state, tape), tapes[(k + shift) % len(tapes)]))
+        found.append(_crossing(state.weights, update(state, tape, case.clip), tapes[(k + shift) % len(tapes)]))
     return Evidence(name, statistics.median(found), min(found), max(found), len(found), meaning)
 
 
@@ -191,6 +192,7 @@ def _onward(case: Case, state: State) -> Iterator[tuple[list[Tensor], torch.opti
         if not bool(loss.isfinite()):
             return
         loss.backward()
+        clipped(weights, case.clip)
         optimizer.step()
 
 

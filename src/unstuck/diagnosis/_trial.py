@@ -4,6 +4,7 @@ Control, the remedies and a null arm (the control from minutely perturbed weight
 are compared. Without the cool-down a lower rate looks best on any noisy loss (short-horizon bias, Wu et al. 2018).
 """
 
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unstuck.diagnosis._case import Case, rebuilt
+from unstuck.diagnosis._case import Case, clipped, rebuilt
 from unstuck.diagnosis._findings import Arm, Trial
 from unstuck.diagnosis._structure import mean_loss
 from unstuck.objective import Tape, TapeError
@@ -23,6 +24,8 @@ STEPS, COOLDOWN = 60, 30
 LEAST = math.log(0.95)  # an accepted remedy ends at least 5 % lower than the control
 RESTLESS = 0.02  # a null arm that moves further than this asks for more orders
 ORDERS = 5
+FEW = 30  # recorded steps that an arm may learn by heart
+BY_HEART = 0.05  # how much further the loss of the control falls on what it trains on, as ln, where it does
 STUDENT = 2.5  # the 97.5 % quantile of Student's t for some six degrees of freedom
 FLOOR = 1e-12  # under the logarithm of a loss
 HOPELESS = 100.0  # times the first loss: an arm that climbs so high is given up
@@ -38,6 +41,7 @@ class Fork:
     weights: list[Tensor]  # leaves
     optimizer: torch.optim.Optimizer
     together: int = 1  # recorded batches a step
+    clip: float = math.inf  # the norm that gradients are shortened to
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def scale_rate(self, factor: float) -> None:
@@ -63,10 +67,10 @@ class Remedy:
     least: float = LEAST  # how far below the control it must end, as ln of the two losses' ratio
 
 
-def fork(state: State) -> Fork:
+def fork(state: State, clip: float = math.inf) -> Fork:
     """A copy of the run as it stood; ValueError where its optimiser cannot be built again."""
     weights = [w.detach().clone().requires_grad_(w.is_floating_point()) for w in state.weights]
-    return Fork(weights, rebuilt(state, weights))
+    return Fork(weights, rebuilt(state, weights), clip=clip)
 
 
 def nudge(copy: Fork) -> None:
@@ -95,16 +99,19 @@ def run_trial(
         raise ValueError(
             f"a trial needs 8 recorded steps and finite weights, the run has {len(case.tapes)} recorded steps"
         )
+    train, judge = case.split
     arms = [
         ("as it is", "control", None),
         *((r.name, "remedy", r.apply) for r in remedies),
         ("nothing but a nudge", "null", nudge),
     ]
-    train, judge = case.split
-    orders = [_all_arms(state, arms, train, judge, order=0, progress=progress)]
+    make = functools.partial(fork, state, case.clip)
+    orders = [_all_arms(make, arms, train, judge, order=0, progress=progress)]
     if abs(orders[0][-1].level - orders[0][0].level) > RESTLESS:
-        orders += [_all_arms(state, arms, train, judge, order=k, progress=progress) for k in range(1, ORDERS)]
+        orders += [_all_arms(make, arms, train, judge, order=k, progress=progress) for k in range(1, ORDERS)]
     begin = math.log(max(mean_loss(state.weights, judge), FLOOR))
+    if len(train) < FEW:
+        _check_learning(orders[0][0], begin, math.log(max(mean_loss(state.weights, train), FLOOR)), len(train))
     least = [LEAST, *(r.least for r in remedies), LEAST]
     made = [_arm(arm, [order[k] for order in orders], orders, begin, least[k]) for k, arm in enumerate(arms)]
     return Trial(tuple(made), STEPS, COOLDOWN, held_out=not {id(t) for t in train} & {id(t) for t in judge})
@@ -122,7 +129,7 @@ class _Result:
 
 
 def _all_arms(
-    state: State,
+    make: Callable[[], Fork],
     arms: Sequence[tuple],
     train: Sequence[Tape],
     judge: Sequence[Tape],
@@ -137,7 +144,7 @@ def _all_arms(
     for k, (name, _, apply) in enumerate(arms):
         if progress is not None:
             progress(name, k / len(arms))
-        copy = fork(state)
+        copy = make()
         if apply is not None:
             apply(copy)
         results.append(_train(copy, train, judge))
@@ -162,10 +169,20 @@ def _train(copy: Fork, train: Sequence[Tape], judge: Sequence[Tape]) -> _Result:
         if not math.isfinite(curve[-1]) or curve[-1] > HOPELESS * max(curve[0], 1e-3):
             return _Result(tuple(curve), ())
         loss.backward()
+        clipped(copy.weights, copy.clip)
         copy.optimizer.step()
     with torch.no_grad():
         end = tuple(float(t.replay(copy.weights)) for t in judge)
     return _Result(tuple(curve), end if all(math.isfinite(x) for x in end) else ())
+
+
+def _check_learning(control: _Result, begin: float, begin_of_training: float, count: int) -> None:
+    """ValueError where the control learns its few batches by heart: then whatever learns less would win."""
+    if not control.end or len(control.curve) < count:
+        return
+    trained = math.log(max(statistics.fmean(control.curve[-count:]), FLOOR)) - begin_of_training
+    if control.level - begin > trained + BY_HEART:
+        raise ValueError(f"a trial of {count} recorded steps learns them by heart: more are needed to compare by")
 
 
 def _arm(

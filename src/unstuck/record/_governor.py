@@ -3,7 +3,7 @@
 import math
 
 PART = 1 / 12  # of the promised share, that each kind of reading may take
-EXTRA_SECONDS, EXTRA_SHARE, EXTRA_MOST = 0.25, 0.04, 2.0
+EXTRA_SECONDS, EXTRA_SHARE, EXTRA_MOST = 1.0, 0.04, 2.0
 
 
 class Clock:
@@ -45,7 +45,7 @@ def extra(elapsed: float, *, needed: bool) -> float:
 class Alarm:
     """Rings when the loss does not fall: looked at each time that the steps have doubled, and where it leaps."""
 
-    FIRST = 128  # steps
+    FIRST = 64  # steps
     FALL = 0.02  # of the mean over a quarter of the steps so far, from one quarter to the next
     LEAP = 4.0  # times the loss at first
 

@@ -297,6 +297,7 @@ class Watch:
         began = time.perf_counter()
         self._loop.looks(stepped)
         record["order"], record["skipped"] = "".join((*self._hooks.order, "s")), self._skipped
+        record["clips"] = self._hooks.order.count("c")
         if self._leaves.models:
             record["training"] = all(m.training for m in self._leaves.models)
         self._plan()
