@@ -70,7 +70,7 @@ def weights_reset(case: Case) -> Finding | None:
             Evidence.exact(
                 "weights back at their start",
                 fact["count"],
-                f"times, of {fact['count']} or more that were compared; the last one before step {fact['step']}",
+                f"comparisons between two steps; the last one told was before step {fact['step']}",
             ),
         ),
     )

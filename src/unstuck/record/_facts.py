@@ -72,11 +72,6 @@ def _untouched(parameter: Tensor, noted: "weakref.ref[Tensor]", version: int) ->
     return gradient is not None and gradient is noted() and gradient._version == version
 
 
-def _any(gradient: Tensor) -> bool:
-    """Whether it is not all zero; of a DTensor the piece that is here, without a word to other ranks."""
-    return bool(getattr(gradient, "_local_tensor", gradient).any())
-
-
 def cut_off(recorder: Recorder, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Parameters that the step computed with and the optimiser moves, but that no gradient reaches."""
     if not recorder.cuts:
