@@ -83,6 +83,14 @@ def sharpness_aware(t):
     t.optimizer.zero_grad()
 
 
+def others_cleared(t):
+    """What is cleared between backward() and step() belongs to another network."""
+    t.optimizer.zero_grad()
+    t.loss().backward()
+    nn.Linear(3, 3).zero_grad()
+    t.optimizer.step()
+
+
 def looped(step, task=Task, steps=STEPS, **options):
     t = task(**options)
     return lambda: [step(t) for _ in range(steps)]
@@ -97,7 +105,9 @@ def test_gradients_that_are_cleared_before_the_step_are_told_with_the_line(tmp_p
 
 
 @pytest.mark.parametrize(
-    "step", [usual, cleared_at_the_end, accumulated, with_a_closure, sharpness_aware], ids=lambda step: step.__name__
+    "step",
+    [usual, cleared_at_the_end, others_cleared, accumulated, with_a_closure, sharpness_aware],
+    ids=lambda step: step.__name__,
 )
 def test_loops_that_are_in_order_are_not_told(tmp_path, step):
     kind = torch.optim.LBFGS if step is with_a_closure else torch.optim.SGD
