@@ -8,6 +8,7 @@ from torch import nn
 
 import unstuck
 from unstuck.record import _watch
+from unstuck.record._governor import PART
 from unstuck.record._stepped import FIRST_LOOKS, Stepped
 
 NOTHING = 1e-9  # a budget
@@ -71,12 +72,12 @@ def test_looks_take_their_share_of_the_time(cost):
     found = looked_at([cost])
     assert found[: FIRST_LOOKS - 1] == list(range(1, FIRST_LOOKS))
     spent = cost * (len(found) - FIRST_LOOKS) / (4000 * 1e-3)
-    assert 0.4 * 0.02 / 12 < spent <= 1.05 * 0.02 / 12
+    assert 0.4 * 0.02 * PART < spent <= 1.05 * 0.02 * PART
 
 
 @pytest.mark.parametrize("period", [2, 3, 4, 8, 10])
 def test_looks_meet_every_place_of_a_habit_that_repeats(period):
-    found = [step % period for step in looked_at([period * 0.02 / 12 * 1e-3])[FIRST_LOOKS:]]
+    found = [step % period for step in looked_at([period * 0.02 * PART * 1e-3])[FIRST_LOOKS:]]
     assert all(found.count(place) > len(found) / period / 4 for place in range(period))
 
 

@@ -2,8 +2,8 @@
 
 import math
 
-PART = 1 / 12  # of the promised share, that each kind of reading may take
-EXTRA_SECONDS, EXTRA_SHARE, EXTRA_MOST = 1.0, 0.04, 2.0
+PART = 1 / 24  # of the promised share, that each kind of reading may take
+EXTRA_SECONDS, EXTRA_SHARE, EXTRA_MOST = 0.5, 0.01, 2.0
 
 
 class Clock:

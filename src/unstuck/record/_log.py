@@ -54,6 +54,11 @@ class Log:
         if len(self._lines) >= LINES or kind in AT_ONCE or monotonic() - self._written >= SECONDS:
             self.flush()
 
+    def add(self, line: str) -> None:
+        """A line as `write` would make it, to be written with the next ones."""
+        if self._file is not None:
+            self._lines.append(line)
+
     def flush(self) -> None:
         """Writes the lines that wait, and gives up where the log is no longer where it was opened."""
         if self._file is None or os.getpid() != self._process:

@@ -136,6 +136,13 @@ def summed(losses: Sequence[Reading]) -> Reading:
     return sum(map(float, losses))
 
 
+def number(rate: Any) -> Any:
+    """A rate as it stands now, for schedules write into a tensor: as a number, unless it lies on a device."""
+    if isinstance(rate, Tensor):
+        return float(rate) if rate.is_cpu else rate.detach().clone()
+    return rate if rate is None else float(rate)
+
+
 def on_devices(records: Sequence[dict[str, Any]]) -> set[torch.device]:
     """The devices, other than the CPU, that readings still lie on."""
     return {t.device for t in _tensors(records) if t.device.type != "cpu"}

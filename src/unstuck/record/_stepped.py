@@ -1,5 +1,6 @@
 """What is known of an optimiser that the run steps with, and which of its steps are looked at closely."""
 
+import random
 import sys
 from collections.abc import Sequence
 
@@ -30,6 +31,7 @@ class Stepped:
         self.closely = True
         self.steps = 0
         self._looks = Clock(PART * budget)
+        self._dice = random.Random(0)
         self.next = FIRST_LOOKS  # step that is looked at
 
     def meets(self, parameters: Sequence[Tensor]) -> None:
@@ -41,16 +43,20 @@ class Stepped:
     def passed(self) -> None:
         """A step was taken, and not looked at."""
         self.steps += 1
+        if self.first is not None:
+            self.left = self.first._version
         self.closely = self.steps + 1 >= self.next
 
     def was_looked_at(self, seconds: float, pace: float) -> None:
         """A step was taken and looked at, in so many seconds, or 0 where that tells nothing."""
         self.steps += 1
+        if self.first is not None:
+            self.left = self.first._version
         if self.steps >= FIRST_LOOKS - 1:
             if seconds:
                 self._looks.took(self.steps, seconds, pace)
             # now and then a little later, lest a habit that the loop repeats is always met at one place
-            late = (self.steps * 2654435761 >> 16) % (self._looks.every // 2 + 1)
+            late = self._dice.randrange(self._looks.every // 2 + 1)
             self.next = self.steps + (1 if self.pulses.compares else self._looks.every + late)
         self.closely = self.steps + 1 >= self.next or self.steps + 1 < FIRST_LOOKS
 

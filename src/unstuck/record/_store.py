@@ -30,7 +30,7 @@ class Store:
         self._path = folder / ranked(TAPES, rank)
         self._leaves = leaves
         self._deck = deck
-        self._clock = Clock(PART * budget, SNAPSHOT_EVERY)
+        self._clock = Clock(2 * PART * budget, SNAPSHOT_EVERY)
         self._first: list[State] = []  # unless it is large
         self._recent: deque[State] = deque(maxlen=2)
         self._shelf: Shelf | None = Shelf(folder, rank)

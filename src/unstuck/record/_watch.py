@@ -26,7 +26,7 @@ from unstuck.record._loop import Loop
 from unstuck.record._models import Leaves
 from unstuck.record._moments import Tick, Ticks
 from unstuck.record._nonfinite import first_nonfinite, first_nonfinite_gradient, met_again
-from unstuck.record._pulses import summed
+from unstuck.record._pulses import number, summed
 from unstuck.record._ranks import own_rank, ranked, ranks, sharded
 from unstuck.record._run import Run
 from unstuck.record._state import moved
@@ -67,7 +67,10 @@ class Watch:
         self._stale = StaleGradients()
         self._losses: list[float | Tensor] = []  # what backward was called on since the last step
         self._scaled: list[tuple[Tensor, Tensor]] = []  # losses that a GradScaler has multiplied, and what they were
-        self._record: dict[str, Any] = {}  # of the step being taken
+        self._rate: Any = None  # of the step being taken
+        self._loss: float | Tensor | None = None
+        self._backwards = 0  # that had been called by then
+        self._record: dict[str, Any] = {}  # where it is looked at
         self._closely = False  # whether it is looked at
         self._cost = 0.0  # seconds of looking at it so far
         self._skipped = 0  # steps that a GradScaler left out
@@ -211,17 +214,16 @@ class Watch:
         return next((loss for result, loss in self._scaled if result is root), root)
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._outer not in (None, optimizer) and stepping(self._outer):
+        if self._outer is not None and self._outer is not optimizer and stepping(self._outer):
             return  # one that steps within the step of another is a part of that
         self._outer = optimizer
         stepped = self._stepped.get(id(optimizer))
         if stepped is not None and stepped.first is not None and stepped.first._version != stepped.left:
             self._loop.written_between(stepped)
-        rate = optimizer.param_groups[0].get("lr")
-        self._record = {} if isinstance(rate, Tensor) else {"lr": rate if rate is None else float(rate)}
+        self._rate = optimizer.param_groups[0].get("lr")
+        self._loss, self._backwards = None, len(self._losses)
         if self._losses:
-            self._record["backwards"] = len(self._losses)
-            self._record["loss"] = loss = summed(self._losses)
+            self._loss = loss = summed(self._losses)
             if type(loss) is float:  # else it is read later
                 self._finite = math.isfinite(loss)
         first = not self._finite and "non-finite" not in self._counts
@@ -231,6 +233,9 @@ class Watch:
 
     def _look_before(self, optimizer: torch.optim.Optimizer) -> None:
         began = time.perf_counter()
+        self._record = {"lr": number(self._rate)}
+        if self._loss is not None:
+            self._record |= {"backwards": self._backwards, "loss": self._loss}
         recorder = self._deck.silence()
         stepped = self._meet(optimizer)
         stale = self._stale.used_by(optimizer)
@@ -245,10 +250,6 @@ class Watch:
                 self._loop.graph(recorder, optimizer, list(self._stepped.values()), self.heard)
         if not self._finite and "non-finite" not in self._counts:  # now, while the weights are still those of the loss
             self._blew_up(self.steps + 1, self._record["loss"], tape)
-        rate = optimizer.param_groups[0].get("lr")
-        if isinstance(rate, Tensor):
-            # one on a device is read later, and schedules write into it
-            self._record["lr"] = float(rate) if rate.is_cpu else rate.detach().clone()
         self._cost = time.perf_counter() - began if recorder is None else 0.0  # which has its own share
         self._record |= stepped.pulses.before_step(stepped.steps + 1, self._pace)
         norm = self._record.get("grad_norm")
@@ -261,28 +262,22 @@ class Watch:
             return
         self._outer = None
         self.steps += 1
-        now = time.perf_counter()
+        elapsed, loss = self._elapsed(), self._loss
         stepped = self._stepped.get(id(optimizer)) or self._meet(optimizer)
-        record, self._record = self._record, {}
-        record["step"], record["time"], record["optimizer"] = self.steps, now - self._began, stepped.number
-        if self._losses and "loss" not in record:  # the optimiser called backward itself, in a closure
-            loss = self._losses[-1]
-            record["loss"] = float(loss) if isinstance(loss, Tensor) and loss.is_cpu else loss
+        if self._losses and loss is None:  # the optimiser called backward itself, in a closure
+            loss = summed(self._losses[-1:])
         self._losses.clear()
         self._scaled.clear()
         if self._closely:
-            self._look_after(stepped, record)
-        elif self._hurry or not self._turns.alone:  # turns come at steps of their own
-            self._plan()
-        if stepped.first is not None:
-            stepped.left = stepped.first._version
-        self._loop.last = stepped
-        self._hooks.order.clear()
-        self._journal.add(record, closely=self._closely)
-        if self._closely:
+            self._look_after(stepped, elapsed, {} if loss is None else {"loss": loss})
             stepped.was_looked_at(self._cost, self._pace)
         else:
+            if self._hurry or not self._turns.alone:  # turns come at steps of their own
+                self._plan()
+            self._journal.note(self.steps, elapsed, stepped.number, self._rate, loss, self._backwards)
             stepped.passed()
+        self._loop.last = stepped
+        self._hooks.order.clear()
         if stepped.closely or self._deck.listening:
             self._stale.note_step(optimizer)
         elif self._stale.left:
@@ -290,7 +285,8 @@ class Watch:
         if self._ticks is not None:
             self._hooks.seconds -= self._ticks()  # which has its own share
 
-    def _look_after(self, stepped: Stepped, record: dict[str, Any]) -> None:
+    def _look_after(self, stepped: Stepped, elapsed: float, loss: dict[str, Any]) -> None:
+        record = self._record | loss | {"step": self.steps, "time": elapsed, "optimizer": stepped.number}
         if stepped.pulses.measures:
             with torch.no_grad():  # what an outer watch sees of it is then no part of a step
                 record |= stepped.pulses.after_step(self._pace)
@@ -307,6 +303,7 @@ class Watch:
             if isinstance(record.get("loss"), Tensor):  # whether it is finite still lies on a device
                 self.flush()
             self._remember()
+        self._journal.add(record)
 
     def _plan(self) -> None:
         """Whether the next step is recorded, and whether the run is saved as it stands."""
