@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from unstuck.record._governor import Alarm, Clock
+from unstuck.record._governor import Alarm, Allowance, Clock
 
 
 def readings(clock, cost, pace, steps):
@@ -63,3 +63,15 @@ def test_a_leap_rings_at_once_and_again_only_after_twice_the_steps():
     losses = [1 / k for k in range(1, 101)] + [math.nan] * 200
     assert rung(losses) == [101, 202]
     assert rung([1.0, 0.9, 50.0, *[0.1 / k for k in range(1, 40)]]) == [3]
+
+
+def test_an_alarm_pays_for_some_steps_at_once_and_not_for_ever():
+    allowance = Allowance()
+    assert not allowance.covers(0.1, 0.1, needed=False)  # no alarm has rung
+    allowance.grants(0.1, 10.0)
+    assert allowance.covers(0.3, 0.1, needed=False)
+    assert not allowance.covers(0.4, 0.1, needed=False)  # it has paid
+    assert allowance.covers(0.4, 0.1, needed=True)
+    for _ in range(20):  # alarms that ring again and again do not add up
+        allowance.grants(0.7, 10.0)
+    assert not allowance.covers(0.7, 0.1, needed=False)

@@ -3,7 +3,8 @@
 import math
 
 PART = 1 / 24  # of the promised share, that each kind of reading may take
-EXTRA_SECONDS, EXTRA_SHARE, EXTRA_MOST = 0.5, 0.01, 2.0
+GRANT_SECONDS, GRANT_SHARE = 0.2, 0.005  # for the steps that one alarm wants
+MOST, MOST_NEEDED = 0.5, 2.0  # seconds beyond the share
 
 
 class Clock:
@@ -33,13 +34,24 @@ class Clock:
         self._next = step + self.every
 
 
-def extra(elapsed: float, *, needed: bool) -> float:
+class Allowance:
     """The seconds beyond the promised share that steps wanted at once may take: what comes later makes up for them.
 
-    Those that are `needed`, the first ones and those of a run whose loss is not finite, may take as many at once as
-    others in a minute.
+    The first steps, and those of a run whose loss is not finite, are needed, and may take more than others.
     """
-    return EXTRA_MOST if needed else min(max(EXTRA_SECONDS, EXTRA_SHARE * elapsed), EXTRA_MOST)
+
+    def __init__(self) -> None:
+        self._until = 0.0  # seconds spent
+
+    def grants(self, spent: float, elapsed: float) -> None:
+        """More steps are wanted from now on."""
+        self._until = spent + GRANT_SECONDS + GRANT_SHARE * elapsed
+
+    def covers(self, spent: float, allowed: float, *, needed: bool) -> bool:
+        """Whether one more may be taken, where so many seconds have been spent and so many are within the share."""
+        if needed:
+            return spent - allowed < MOST_NEEDED
+        return spent < self._until and spent - allowed < MOST
 
 
 class Alarm:

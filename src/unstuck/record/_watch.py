@@ -18,7 +18,7 @@ from unstuck.objective import Recorder, Tape, caller
 from unstuck.record._deck import KEPT, Deck, anything_compiled
 from unstuck.record._devices import wait
 from unstuck.record._facts import StaleGradients
-from unstuck.record._governor import Alarm, extra
+from unstuck.record._governor import Alarm, Allowance
 from unstuck.record._hooks import Hooks
 from unstuck.record._journal import Journal
 from unstuck.record._log import NAME, Log, placed, warn
@@ -85,7 +85,7 @@ class Watch:
         self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
         self._hurry = False  # whether they are wanted at once
         self._turns = Turns(ranks())
-        self._alarm = Alarm()
+        self._alarm, self._allowance = Alarm(), Allowance()
         self._pace = 0.0  # seconds of a step without us, the latest counting most
         self._last = (0, 0.0, 0.0)  # the last step that was looked at, its time, and what had been spent by then
         self._safe_at = SAFE_SECONDS
@@ -318,8 +318,8 @@ class Watch:
             if self._deck.bytes <= SAFE_BYTES:
                 self.save()
         allowed = MARGIN * self._budget * elapsed
-        beyond = extra(elapsed, needed=self.heard < FIRST_TAPES or "non-finite" in self._counts)
-        free = self._wanted > 0 and spent - allowed < beyond and self._refused < FRUITLESS
+        needed = self.heard < FIRST_TAPES or "non-finite" in self._counts
+        free = self._wanted > 0 and self._refused < FRUITLESS and self._allowance.covers(spent, allowed, needed=needed)
         if self._turns.due(self.steps + 1, spent, allowed) or free:
             self._wanted -= 1
             self._deck.listen()
@@ -347,6 +347,7 @@ class Watch:
         """Is told the loss of each step, a little later."""
         if self._alarm.rings(loss):  # a step's batch stays one of the run's: those of late need not come anew
             self._wanted, self._hurry = KEPT - sum(4 * t.step > step for t in self._deck.tapes), True
+            self._allowance.grants(self._spent(), self._elapsed())
         self._finite = math.isfinite(loss)
         if not self._finite and "non-finite" not in self._counts:  # else it was seen while the weights were its own
             tape = next((t for t in self._deck.tapes if t.step == step), None)
