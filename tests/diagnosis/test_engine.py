@@ -270,7 +270,7 @@ class TestOddRuns:
         model = mlp()
         found = verdict(tmp_path, train(model, torch.optim.SGD(model.parameters(), lr=1e-6), parts(), 50))
         assert codes(found) == []
-        assert set(found.not_checked) == {"adam-constants", "lr-too-small", "lr-bounces", "noise-floor"}
+        assert {"adam-constants", "lr-too-small", "lr-bounces", "noise-floor"} <= set(found.not_checked)
         assert all("60 steps, and this run has" in because for because in found.not_checked.values())
         assert {"saddle", "dead-units", "lr-diverges"} <= set(found.checked)
         assert found.status == 0

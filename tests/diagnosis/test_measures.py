@@ -7,8 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from runs import batches, blobs, case, classify, fit, mlp, of_losses, recorded, train
+from sklearn.neighbors import NearestNeighbors
 from tests import oracles
 from torch import nn
+
+from unstuck.record import Run
+from unstuck.record._log import Log
 
 
 @pytest.fixture(autouse=True)
@@ -423,3 +427,195 @@ def test_sparse_batches_are_told_apart_by_their_contents(tmp_path, layout):
     data = [(graph, y) for graph in graphs]
     run = recorded(tmp_path, train(model, torch.optim.SGD(model.parameters(), lr=0.1), data, 15, loss))
     assert case(run)["different batches"].value == 3
+
+
+class TestSettings:
+    """What the optimiser is set to, against the update written out."""
+
+    def stepped(self, folder, *, clip=0.0, kind=torch.optim.SGD, steps=12, **options):
+        model = nn.Linear(8, 4)
+        x, y = blobs(320)
+
+        def loop():
+            optimizer = kind(model.parameters(), **options)
+            for k in range(steps):
+                part = slice(32 * (k % 10), 32 * (k % 10) + 32)
+                optimizer.zero_grad()
+                classify(model, x[part], y[part]).backward()
+                if clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+
+        return case(recorded(folder, loop))
+
+    def slope(self, c, tape, state):
+        leaves = [w.clone().requires_grad_() for w in state.weights]
+        return torch.autograd.grad(tape.replay(leaves), leaves)
+
+    def test_what_clipping_leaves_is_its_norm_over_that_of_the_gradient(self, tmp_path):
+        c = self.stepped(tmp_path, clip=0.01, lr=0.1)
+        norms = [math.sqrt(sum(float(g.square().sum()) for g in self.slope(c, t, c.state))) for t in c.fixed]
+        assert c["what clipping leaves"].value == pytest.approx(statistics.median(0.01 / n for n in norms), rel=1e-3)
+        assert self.stepped(tmp_path / "not", lr=0.1)["what clipping leaves"].value == 1
+
+    def test_the_share_of_decay_is_its_part_of_the_update(self, tmp_path):
+        c = self.stepped(tmp_path, lr=0.1, weight_decay=0.3)
+        shares = []
+        for state in (c.start, c.state):
+            each = []
+            for tape in c.fixed[:3]:
+                slopes = self.slope(c, tape, state)
+                whole = torch.cat([(g + 0.3 * w).flatten() for g, w in zip(slopes, state.weights, strict=True)])
+                each.append(float(0.3 * torch.cat([w.flatten() for w in state.weights]).norm() / whole.norm()))
+            shares.append(statistics.median(each))
+        assert c["share of weight decay"].value == pytest.approx(max(shares), rel=1e-4)
+        assert self.stepped(tmp_path / "none", lr=0.1)["share of weight decay"].value == 0
+
+    def test_decoupled_decay_counts_as_well(self, tmp_path):
+        c = self.stepped(tmp_path, kind=torch.optim.AdamW, lr=1e-3, weight_decay=100.0)
+        assert 0.5 < c["share of weight decay"].value <= 1.1
+
+    def test_momentum_and_the_first_beta(self, tmp_path):
+        assert self.stepped(tmp_path / "a", lr=0.1, momentum=0.7)["momentum"].value == 0.7
+        found = self.stepped(tmp_path / "b", kind=torch.optim.Adam, betas=(0.8, 0.99))["momentum"]
+        assert found.value == 0.8
+
+    def test_a_rate_that_was_lost_and_one_that_rises(self, tmp_path):
+        def course(folder, rates):
+            log = Log(folder)
+            log.write("start", version=1, script="x.py", argv=[])
+            for k, rate in enumerate(rates, 1):
+                log.write("step", step=k, time=0.01 * k, loss=1.0, lr=rate)
+            log.close()
+            return case(Run(folder))
+
+        lost = course(tmp_path / "lost", [0.1] * 40 + [0.001] * 60)
+        assert lost["steps at a lost rate"].value == 0.6
+        assert lost["rise of the rate"].value == 1
+        rising = course(tmp_path / "rising", [0.001 * k for k in range(1, 101)])
+        assert rising["rise of the rate"].value == pytest.approx(100)
+        assert rising["misuse of the schedule"].value == 1
+        assert rising["steps at a lost rate"].value == 0
+        cosine = course(tmp_path / "cosine", [0.5 + 0.5 * math.cos(math.pi * k / 100) for k in range(100)])
+        assert cosine["steps at a lost rate"].value < 1 / 3
+        assert cosine["misuse of the schedule"].value == 0
+
+
+class TestStart:
+    def begun(self, folder, model, x, y, loss=classify, steps=8):
+        def loop():
+            train(
+                model, torch.optim.SGD(model.parameters(), lr=1e-3), [(x[k::4], y[k::4]) for k in range(4)], steps, loss
+            )()
+
+        return case(recorded(folder, loop))
+
+    def test_the_first_loss_over_the_entropy_of_the_labels(self, tmp_path):
+        x, y = blobs(400)
+        model = nn.Linear(8, 4)
+        with torch.no_grad():
+            first = float(F.cross_entropy(model(x), y))
+        p = torch.bincount(y) / len(y)
+        found = self.begun(tmp_path, model, x, y)["loss at the start"]
+        assert found.value == pytest.approx(first / float(-(p * p.log()).sum()), rel=1e-4)
+
+    def test_guessing_yes_or_no_earns_the_entropy_of_their_odds(self, tmp_path):
+        x, y = blobs(400)
+        yes = (y == 0).float()[:, None]
+
+        def loss(model, x, y):
+            return F.binary_cross_entropy_with_logits(model(x), y)
+
+        p = float(yes.mean())
+        c = self.begun(tmp_path, nn.Linear(8, 1), x, yes, loss)
+        assert c.guess == pytest.approx(-(p * math.log(p) + (1 - p) * math.log(1 - p)))
+        assert self.begun(tmp_path / "one", nn.Linear(8, 1), x, torch.ones_like(yes), loss).guess is None
+
+    def test_inputs_by_their_size_offset_and_spread(self, tmp_path):
+        x, y = torch.randn(4000, 8) * torch.logspace(0, 3, 8) + 40, torch.randint(4, (4000,))
+        c = self.begun(tmp_path, nn.Linear(8, 4), x, y)
+        known = torch.cat([t.constants[0] for t in c.fixed]).double()
+        std = known.std(0)
+        assert c["size of the inputs"].value == pytest.approx(float(known.square().mean(1).sqrt().median()), rel=1e-6)
+        assert c["offset of the inputs"].value == pytest.approx(float((known.mean(0).abs() / std).median()), rel=1e-6)
+        spread = float(std.quantile(0.9) / std.quantile(0.1))
+        assert c["spread of the inputs"].value == pytest.approx(spread, rel=1e-6)
+
+    def test_tokens_have_no_size(self, tmp_path):
+        x, y = torch.randint(30, (400, 6)), torch.randint(4, (400,))
+        model = nn.Sequential(nn.Embedding(30, 8), nn.Flatten(), nn.Linear(48, 4))
+        c = self.begun(tmp_path, model, x, y)
+        assert c["size of the inputs"].value == 0
+        assert c["scale of the inputs"].value < 1
+
+    def test_the_constant_part_of_outputs(self, tmp_path):
+        x, y = blobs(400)
+        model = nn.Linear(8, 4)
+        with torch.no_grad():
+            model.bias[0] = 1e4
+        assert self.begun(tmp_path, model, x, y)["constant part of the outputs"].value > 0.99
+
+
+class TestData:
+    def of(self, folder, parts, model=None, loss=classify):
+        model = model or nn.Linear(parts[0][0].shape[1], 4)
+        return case(
+            recorded(folder, train(model, torch.optim.SGD(model.parameters(), lr=1e-3), parts, len(parts), loss))
+        )
+
+    def test_batches_that_are_drawn_and_batches_that_are_sorted(self, tmp_path):
+        x, y = blobs(640)
+        drawn = [(x[k::20], y[k::20]) for k in range(20)]
+        order = y.argsort()
+        in_order = [(x[order][k : k + 32], y[order][k : k + 32]) for k in range(0, 640, 32)]
+        assert self.of(tmp_path / "a", drawn)["mixture of a batch"].value == pytest.approx(1, abs=0.05)
+        assert self.of(tmp_path / "b", in_order)["mixture of a batch"].value < 0.3
+
+    def test_the_longest_row(self, tmp_path):
+        x, y = torch.nn.functional.normalize(torch.randn(640, 8), dim=1), torch.randint(4, (640,))
+        x[5] *= 50
+        found = self.of(tmp_path, [(x[k::20], y[k::20]) for k in range(20)])["longest row"]
+        assert found.value == pytest.approx(50, rel=1e-3)
+
+    def test_neighbours_tell_what_a_nearest_neighbour_classifier_would(self, tmp_path):
+        x, y = blobs(640, noise=2.0)
+        parts = [(x[k::20], y[k::20]) for k in range(20)]
+        c = self.of(tmp_path / "a", parts)
+        rows = torch.cat([t.constants[0] for t in c.tapes[-30:]])
+        labels = torch.cat([p[1] for p in parts])
+        known = {
+            tuple(row.tolist()): int(label) for row, label in zip(torch.cat([p[0] for p in parts]), labels, strict=True)
+        }
+        labels = torch.tensor([known[tuple(row.tolist())] for row in rows])
+        scaled = ((rows - rows.mean(0)) / rows.std(0)).numpy()
+        near = NearestNeighbors(n_neighbors=6).fit(scaled).kneighbors(scaled, return_distance=False)[:, 1:]
+        agree = float((labels[torch.from_numpy(near)] == labels[:, None]).float().mean())
+        p = torch.bincount(labels) / len(labels)
+        chance = float(p.square().sum())
+        assert c["what neighbours tell"].value == pytest.approx((agree - chance) / (1 - chance), abs=1e-3)
+        mixed = [(x, y[torch.randperm(len(y))]) for x, y in parts]
+        assert abs(self.of(tmp_path / "b", mixed)["what neighbours tell"].value) < 0.1
+
+    def test_a_loss_that_is_summed(self, tmp_path):
+        x, y = blobs(320)
+        parts = [(x[k::10], y[k::10]) for k in range(10)]
+
+        def summed(model, x, y):
+            return F.cross_entropy(model(x), y, reduction="sum")
+
+        def times(model, x, y):
+            return F.cross_entropy(model(x), y) * len(y)
+
+        for k, (loss, scale) in enumerate([(summed, 1), (times, 1), (classify, 1 / 32)]):
+            found = self.of(tmp_path / str(k), parts, loss=loss)["scale of the loss"]
+            assert found.value == pytest.approx(scale, rel=1e-5)
+            assert found.n == 32
+
+
+def test_the_gradient_of_the_first_layer_over_that_of_the_last(tmp_path):
+    model = mlp()
+    x, y = blobs(64)
+    c = case(recorded(tmp_path, train(model, torch.optim.SGD(model.parameters(), lr=1e-9), [(x, y)], 4)))
+    classify(model, x, y).backward()
+    first, last = (m.weight.grad.square().mean().sqrt() for m in (model[0], model[-1]))
+    assert c["gradient of the first layer"].value == pytest.approx(float(first / last), rel=1e-2)

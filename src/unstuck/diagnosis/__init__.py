@@ -16,7 +16,8 @@ from unstuck.diagnosis._findings import (
     Trial,
     dumps,
 )
-from unstuck.diagnosis._hypotheses import HYPOTHESES, MEASURES, Hypothesis, Prediction
+from unstuck.diagnosis._hypotheses import HYPOTHESES, MEASURES
+from unstuck.diagnosis._hypothesis import Hypothesis, Prediction
 from unstuck.diagnosis._lookout import Lookout
 from unstuck.diagnosis._trial import Fork, Remedy, run_trial
 

@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from unstuck.diagnosis._findings import SHOWN, Finding
+from unstuck.diagnosis._case import Case
+from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
 from unstuck.record import Run
 
+EXPONENTIALS = frozenset("exp exp_ exp2 expm1 sinh cosh pow __pow__".split())
 ADVICE = {
     "overflow": "Compute this in a stable form (log_softmax, logsumexp, clamp its argument), or in a wider type.",
     "zeros": "Keep the argument away from 0 where it goes in: add a small constant there, or clamp it.",
@@ -45,6 +47,41 @@ def non_finite(run: Run) -> Finding | None:
     advice = next((words for name, words in ADVICE.items() if kind.get(name)), "See which cause explains it.")
     where = fact["where"] or fact.get("parameter", "")
     return Finding("non-finite", SHOWN, fact["step"], where, told, advice)
+
+
+def forward_overflow(case: Case) -> Finding | None:
+    """An exponential of numbers too large for its type, in a loss or a softmax written by hand."""
+    fact = _first_call(case.run, "forward")
+    if fact is None or not fact.get("overflow") or fact.get("call") not in EXPONENTIALS:
+        return None
+    return _of_call(case.run, fact, "forward-overflow", ADVICE["overflow"])
+
+
+def non_finite_gradient(case: Case) -> Finding | None:
+    """The slope of a call that has none where its argument is 0, or of one whose result a mask leaves out."""
+    fact = _first_call(case.run, "backward")
+    kind = None if fact is None else next((name for name in ("hidden", "zeros") if fact.get(name)), None)
+    if fact is None or kind is None or not fact["where"]:
+        return None
+    return _of_call(case.run, fact, "non-finite-gradient", ADVICE[kind])
+
+
+def _first_call(run: Run, origin: str) -> dict[str, Any] | None:
+    """What the first number that was not finite is known to have come from, if that is a call of this kind."""
+    blown = fact_of(run, "non-finite")
+    if blown is None:
+        return None
+    known = (blown, blown.get("cause"), fact_of(run, "non-finite-call") if _unexplained(blown) else None)
+    return next((fact for fact in known if fact is not None and fact.get("origin") == origin), None)
+
+
+def _of_call(run: Run, fact: Mapping[str, Any], code: str, advice: str) -> Finding | None:
+    whole = non_finite(run)
+    if whole is None:
+        return None
+    bad = fact["nan"] + fact["inf"]
+    found = Evidence.exact("numbers that are not finite", bad, f"of {fact['numbers']} at that call", n=fact["numbers"])
+    return Finding(code, SHOWN, whole.step, fact["where"], whole.claim, advice, (found,))
 
 
 def _unexplained(fact: Mapping[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from unstuck.objective import Constant, Instruction, Objective, Program, Slot, T
 from unstuck.record import Memory, Run, State, of_tapes
 
 HELD_OUT = 30  # tapes that no arm of a trial trains on
+EXAMPLES = 100  # that these hold, where batches are small
 FIXED = 6  # tapes that stand for the data where a quantity needs a fixed batch
 LOSSES = {  # the calls that compare outputs (first argument) with targets (second), and how the targets are counted
     "cross_entropy": "classes",
@@ -26,6 +27,7 @@ LOSSES = {  # the calls that compare outputs (first argument) with targets (seco
     "huber_loss": "values",
     "kl_div": "values",
 }
+BINARY = {"binary_cross_entropy", "binary_cross_entropy_with_logits"}
 T = TypeVar("T")
 Measure = Callable[["Case"], Evidence | None]
 
@@ -113,7 +115,9 @@ class Case:
         tapes = distinct(self.tapes)
         programs = [id(t.program) for t in tapes]
         usual = max(programs, key=programs.count, default=None)
-        return tuple(t for t in tapes if id(t.program) == usual)[-FIXED:]
+        alike = [t for t in tapes if id(t.program) == usual]
+        rows = examples_in(alike[-1]) if alike else 1
+        return tuple(alike[-max(FIXED, min(math.ceil(EXAMPLES / rows), HELD_OUT)) :])
 
     @cached_property
     def split(self) -> tuple[tuple[Tape, ...], tuple[Tape, ...]]:
@@ -121,7 +125,7 @@ class Case:
         tapes = self.tapes
         if len(distinct(tapes)) < 4:
             return tapes, distinct(tapes)
-        held = {id(t) for t in tapes[:: max(len(tapes) // HELD_OUT, 2)][:HELD_OUT]}
+        held = {id(t) for t in tapes[:: max(len(tapes) // HELD_OUT, 3)][:HELD_OUT]}
         return tuple(t for t in tapes if id(t) not in held), tuple(t for t in tapes if id(t) in held)
 
     @property
@@ -159,12 +163,25 @@ class Case:
             counts = torch.bincount(labels[labels >= 0]).double()
             p = counts[counts > 0] / counts.sum()
             return float(-(p * p.log()).sum())
+        if kinds and kinds <= BINARY:
+            return _of_odds([y.double() for _, y in known])
         if kinds == {"mse_loss"}:
             rows = [y.double().reshape(len(y) if y.dim() else 1, -1) for _, y in known]
             if len({y.shape[1] for y in rows}) > 1:
                 rows = [y.reshape(-1, 1) for y in rows]
             return float(torch.cat(rows).var(0, correction=0).mean())
         return None
+
+
+def _of_odds(targets: Sequence[Tensor]) -> float | None:
+    """The entropy of yes and no, column by column; None where they do not vary, as in one half of a GAN's loss."""
+    columns = {y.shape[-1] if y.dim() > 1 else 1 for y in targets}
+    if len(columns) > 1 or any(bool((y == y.flatten()[:1]).all()) for y in targets):
+        return None
+    p = torch.cat([y.reshape(-1, *columns) for y in targets]).mean(0)
+    if bool(((p < 0) | (p > 1)).any()):
+        return None
+    return float(-(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)).mean())
 
 
 def clipped(weights: Sequence[Tensor], norm: float) -> None:
@@ -204,6 +221,12 @@ def _fingerprint(constant: Tensor) -> tuple[Any, ...]:
     x = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).double().flatten()
     weights = torch.arange(1, len(x) + 1, dtype=torch.float64, device=x.device).remainder_(97.0)
     return tuple(constant.shape), float(x.sum()), float(x @ weights)
+
+
+def examples_in(tape: Tape) -> int:
+    """How many examples a tape holds, by the longest first axis of its constants that most of them share."""
+    lengths = [c.shape[0] for c in tape.constants if c.dim() >= 1]
+    return max(set(lengths), key=lengths.count, default=1)
 
 
 def comparison(program: Program) -> Comparison | None:

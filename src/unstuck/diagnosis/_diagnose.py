@@ -21,7 +21,8 @@ from unstuck.diagnosis._findings import (
     RuledOut,
     Trial,
 )
-from unstuck.diagnosis._hypotheses import BLIND, DIVERGED, HYPOTHESES, MEASURES, STUCK, Hypothesis, at_chance, symptom
+from unstuck.diagnosis._hypotheses import HYPOTHESES, MEASURES
+from unstuck.diagnosis._hypothesis import BLIND, DIVERGED, STUCK, Hypothesis, at_chance, symptom
 from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, Remedy, run_trial
 from unstuck.diagnosis._wiring import WIRING
@@ -94,14 +95,14 @@ def _eliminate(
             progress(f"checking {h.code}", 0.4 * k / len(hypotheses))
         refuted, missing = _judge(case, h)
         if refuted is not None:
-            ruled_out.append(RuledOut(h.code, refuted))
+            ruled_out += [RuledOut(h.code, refuted)] if refuted else []
         elif missing is not None:
             open_questions[h.code] = missing
         elif sign in h.symptoms:
             survivors.append(h)
     findings: list[Finding] = []
     for h in survivors:
-        if any(f.word == PROVED for f in findings):
+        if any(f.word in (PROVED, SHOWN) for f in findings):
             break
         found, refuted, unsettled = _tried(case, h, hypotheses, sign, progress)
         findings += found
@@ -112,13 +113,13 @@ def _eliminate(
 
 
 def _judge(case: Case, h: Hypothesis) -> tuple[str | None, str | None]:
-    """The sentence that refutes a hypothesis, or the quantity that is missing to judge it."""
+    """The sentence that refutes a hypothesis, empty where its premise is not given, or the quantity that is missing."""
     missing = None
-    for p in h.predictions:
+    for p in sorted(h.predictions, key=lambda p: not p.premise):
         holds = p.holds(case)
         if holds is False:
             found = case[p.quantity]
-            return p.because(found.value if found is not None else math.nan), None
+            return ("" if p.premise else p.because(found.value if found is not None else math.nan)), None
         if holds is None and p.needed:
             why = case.reasons.get(p.quantity)
             missing = f"{p.quantity} cannot be measured in this run" + (f": {why}" if why else "")
@@ -147,7 +148,7 @@ def _tried(
         best = min((a for a in trial.arms if a.remedy in _own(h, remedies)), key=lambda a: a.effect)
         failed = f"its own remedy does not help: {best.remedy} ends {_change(best.effect)} than the control"
         return others, [RuledOut(h.code, failed)], {}
-    if sign in (BLIND, DIVERGED):
+    if sign in (BLIND, DIVERGED) or h.suspected:
         return [_finding(case, h, SUSPECT, untried, None)], [], {}
     return [], [], {h.code: because}
 

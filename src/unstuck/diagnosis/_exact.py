@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from unstuck.diagnosis._blown import fact_of, on_rank
+from unstuck.diagnosis._blown import fact_of, forward_overflow, non_finite_gradient, on_rank
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
 from unstuck.diagnosis._loop import (
@@ -134,6 +134,8 @@ def _some(names: list[str]) -> str:
 
 TOLD: dict[str, Check] = {  # causes before what they lead to
     "non-finite-data": non_finite_data,
+    "forward-overflow": forward_overflow,
+    "non-finite-gradient": non_finite_gradient,
     "wrong-order": wrong_order,
     "stepped-twice": stepped_twice,
     "zero-grad-missing": zero_grad_missing,

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -70,10 +70,16 @@ def rise(case: Case) -> Evidence | None:
     return Evidence.exact("rise of the loss", worst, "the worst loss over the first", n=len(case.losses))
 
 
-def update(state: State, tape: Tape, clip: float = math.inf) -> list[Tensor]:
-    """What the run's optimiser, with its state, would do to the weights on a tape whose gradient is clipped."""
+def update(
+    state: State,
+    tape: Tape,
+    clip: float = math.inf,
+    change: Callable[[torch.optim.Optimizer], object] = lambda optimizer: None,
+) -> list[Tensor]:
+    """What the run's optimiser, with its state and a change, would do to the weights, gradients clipped."""
     leaves = _leaves(state)
     optimizer = rebuilt(state, leaves)
+    change(optimizer)
     tape.replay(leaves).backward()
     clipped(leaves, clip)
     optimizer.step()

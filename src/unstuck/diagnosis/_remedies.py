@@ -1,12 +1,18 @@
 """Remedies: what a hypothesis predicts to help, as a change to a copy of the run."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
+from unstuck.diagnosis._case import Case, comparison
 from unstuck.diagnosis._findings import plain
+from unstuck.diagnosis._settings import setting
+from unstuck.diagnosis._steering import DROPOUTS
 from unstuck.diagnosis._trial import LEAST, Fork, Remedy
+from unstuck.diagnosis._wires import wires
+from unstuck.objective import Instruction, Program, Tape
 from unstuck.record import State
 
 # What a cooled arm must gain before it tells a fault from a healthy run, as measured on both (ln of the losses' ratio)
@@ -23,6 +29,17 @@ def rate(state: State | None, factor: float, *, least: float = LEAST) -> Remedy:
     change = f"× {_round(factor)}" if factor > 1 else f"÷ {_round(1 / factor)}"
     name = f"learning rate {old * factor:.2g} ({change})" if old else f"learning rate {change}"
     return Remedy(name, lambda copy: copy.scale_rate(factor), least=least)
+
+
+def rate_at(height: float) -> Remedy:
+    """The learning rate of the first group at `height`, those of the others in proportion."""
+
+    def apply(copy: Fork) -> None:
+        lead = copy.optimizer.param_groups[0]["lr"]
+        for group in copy.optimizer.param_groups:
+            group["lr"] = height * (group["lr"] / lead if lead else 1.0)
+
+    return Remedy(f"learning rate {height:.2g}", apply)
 
 
 def _round(x: float) -> str:
@@ -49,6 +66,106 @@ def epsilon(value: float) -> Remedy:
     return Remedy(f"ε {value:g}", apply)
 
 
+def option(name: str, value: float, label: str, *, least: float = LEAST) -> Remedy:
+    """Another value for one of the optimiser's options, in all groups that have it."""
+    change = setting(name, value)
+    return Remedy(label, lambda copy: change(copy.optimizer), least=least)
+
+
+def less_momentum(beta: float) -> Remedy:
+    """Another momentum, or β₁, where it was higher; what has gathered by then is dropped."""
+
+    def apply(copy: Fork) -> None:
+        for group in copy.optimizer.param_groups:
+            if "betas" in group:
+                group["betas"] = (min(beta, group["betas"][0]), *group["betas"][1:])
+            elif "momentum" in group:
+                group["momentum"] = min(beta, group["momentum"])
+        for kept in copy.optimizer.state.values():
+            for name in ("momentum_buffer", "exp_avg"):
+                if isinstance(kept.get(name), torch.Tensor):
+                    kept[name].zero_()
+
+    return Remedy(f"momentum {beta:g}", apply, least=SLIGHTLY)
+
+
+def unclipped() -> Remedy:
+    """Gradients at their full length."""
+
+    def apply(copy: Fork) -> None:
+        copy.clip = math.inf
+
+    return Remedy("no clipping", apply)
+
+
+def looser_clip(norm: float) -> Remedy:
+    """Gradients shortened to a larger norm."""
+
+    def apply(copy: Fork) -> None:
+        copy.clip = norm
+
+    return Remedy(f"clipping at {norm:.2g}", apply)
+
+
+def warm_up(steps: int) -> Remedy:
+    """A rate that rises to its own height."""
+
+    def apply(copy: Fork) -> None:
+        copy.warm_up = steps
+
+    return Remedy(f"warm-up over {steps} steps", apply)
+
+
+def altered(label: str, change: Callable[[Tape], Tape], *, least: float = LEAST) -> Remedy:
+    """Other steps than the recorded ones: their data changed, or their program."""
+
+    def apply(copy: Fork) -> None:
+        copy.altered = change
+
+    return Remedy(label, apply, least=least)
+
+
+def less_dropout(p: float) -> Remedy:
+    """Dropout at another probability, in all layers that had more; all arms are judged without any."""
+
+    def at(limit: float) -> Callable[[Tape], Tape]:
+        made: dict[int, Program] = {}
+
+        def change(tape: Tape) -> Tape:
+            program = made.setdefault(id(tape.program), _with_dropout(tape.program, limit))
+            return replace(tape, program=program)
+
+        return change
+
+    return replace(altered(f"dropout {p:g}", at(p), least=FAR), judged=at(0.0))
+
+
+def _with_dropout(program: Program, limit: float) -> Program:
+    def changed(call: Instruction) -> Instruction:
+        if call.name not in DROPOUTS:
+            return call
+        args = tuple(min(a, limit) if k == 1 and type(a) is float else a for k, a in enumerate(call.args))
+        kwargs = tuple((name, min(x, limit) if name == "p" else x) for name, x in call.kwargs)
+        return replace(call, args=args, kwargs=kwargs)
+
+    return replace(program, instructions=tuple(map(changed, program.instructions)))
+
+
+def without_outliers(change: Callable[[Tape], Tape]) -> Remedy:
+    """Steps whose furthest rows are drawn in; all arms are judged on such."""
+    return replace(altered("rows far out drawn in", change, least=FAR), judged=change)
+
+
+def no_constant(case: Case) -> Remedy:
+    """The bias of the last layer set to 0."""
+    w = case.once(wires)[0]
+    found = comparison(w.program)
+    maker = None if found is None else w.source(found.call.args[found.outputs])
+    known = () if maker is None else [s for s in maker.slots() if s < w.program.parameters]
+    last = [k for k in known if case.state is not None and case.state.weights[k].dim() == 1]
+    return renew(last, ["bias"] * (max(last, default=0) + 1), "the output's bias at 0", least=FAR)
+
+
 def randomise() -> Remedy:
     """Adds noise of half the usual initial scale: N(0, 1/4 fan-in) on every weight matrix."""
 
@@ -60,7 +177,7 @@ def randomise() -> Remedy:
     return Remedy("random weights added", apply)
 
 
-def renew(parameters: Iterable[int], names: Sequence[str], label: str) -> Remedy:
+def renew(parameters: Iterable[int], names: Sequence[str], label: str, *, least: float = LEAST) -> Remedy:
     """Initialises parameters afresh: N(0, 2 / fan-in) for matrices (He et al. 2015), 1 for scales, 0 for biases."""
     chosen = tuple(parameters)
 
@@ -74,7 +191,7 @@ def renew(parameters: Iterable[int], names: Sequence[str], label: str) -> Remedy
         for k in chosen:
             copy.set_weight(k, fresh(copy, k))
 
-    return Remedy(label, apply)
+    return Remedy(label, apply, least=least)
 
 
 def along(direction: torch.Tensor, parameters: Iterable[int]) -> Remedy:

@@ -188,38 +188,24 @@ def _switched_off(case: Case, w: Wires, moved: set[int]) -> dict[str, str]:
 def inputs_empty(case: Case) -> Finding | None:
     """Inputs that are the same in every row of every batch, while the targets differ."""
     w = case.once(wires)[0]
-    program = w.program
-    targets = [y for *_, y in losses(w)]
-    if not targets or program.moves or not all(type(y) is Constant for y in targets):
+    found = batches(w)
+    if found is None:
         return None
-    tapes = w.recent
-    shares = [c for t in tapes for c in t.of_shares(t.constants)]
-    shares = [c for c in shares if [x.shape for x in c] == [x.shape for x in shares[-1]]]
-    rows = _rows([c[targets[0].at] for c in shares])
-    if rows is None or any(x.layout is not torch.strided or x.is_complex() for c in shares for x in c):
+    rows, shares, places, others = found
+    if not places or not all(torch.equal(x[k], shares[0][k][:1].expand_as(x[k])) for x in shares for k in places):
         return None
-    inputs = 0
-    aims = {y.at for y in targets}
-    read = {x.at for call in program.instructions for x in call.leaves() if type(x) is Constant}
-    for k in sorted(read - aims - _statistics(w)):
-        values = [c[k] for c in shares]
+    for k in others:
+        values = [x[k] for x in shares]
         first = values[0]
-        batch = first.dim() and rows in (first.shape[0], first.shape[:2].numel())
-        if batch and first.shape[0] > 1 and first.numel() > 1:
-            if not all(torch.equal(x, first[:1].expand_as(x)) for x in values):
-                return None
-            inputs += 1
-        elif not all(torch.equal(x, first) for x in values) or (
+        if not all(torch.equal(x, first) for x in values) or (
             len(values) == 1 and bool((first != first.flatten()[:1]).any())
         ):
             return None
-    if not inputs:
-        return None
     n = rows * len(shares)
     dependence = case["input dependence"]
     return shown(
         "inputs-empty",
-        program.place(0),
+        w.program.place(0),
         f"The inputs are the same in all {n} rows of the last {len(shares)} batches, though the targets differ: there "
         "is nothing in them to learn from.",
         "Look at one batch as it enters the network, and follow it back to the file: a wrong column or path, a crop "
@@ -227,6 +213,30 @@ def inputs_empty(case: Case) -> Finding | None:
         Evidence.exact("rows that differ", 0.0, "of the inputs, from the first one", n=n),
         *(() if dependence is None else (dependence,)),
     )
+
+
+def batches(w: Wires) -> tuple[int, list[tuple[Tensor, ...]], list[int], list[int]] | None:
+    """The rows of a batch, the constants of the latest ones, which of these are inputs, and which neither.
+
+    None where the targets do not differ, or what is an input cannot be told.
+    """
+    program = w.program
+    targets = [y for *_, y in losses(w)]
+    if not targets or program.moves or not all(type(y) is Constant for y in targets):
+        return None
+    shares = [c for t in w.recent for c in t.of_shares(t.constants)]
+    shares = [c for c in shares if [x.shape for x in c] == [x.shape for x in shares[-1]]]
+    rows = _rows([c[targets[0].at] for c in shares])
+    if rows is None or any(x.layout is not torch.strided or x.is_complex() for c in shares for x in c):
+        return None
+    aims = {y.at for y in targets}
+    read = {x.at for call in program.instructions for x in call.leaves() if type(x) is Constant}
+    inputs, others = [], []
+    for k in sorted(read - aims - _statistics(w)):
+        first = shares[0][k]
+        batch = first.dim() and rows in (first.shape[0], first.shape[:2].numel())
+        (inputs if batch and first.shape[0] > 1 and first.numel() > 1 else others).append(k)
+    return rows, shares, inputs, others
 
 
 def _rows(targets: Sequence[Tensor]) -> int | None:

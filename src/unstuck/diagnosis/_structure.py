@@ -31,10 +31,13 @@ class Census:
 
 def take_census(case: Case) -> Census:
     """One replay of the fixed tapes, watched."""
+    return Census() if case.state is None else census(case.state.weights, case.fixed)
+
+
+def census(weights: Sequence[Tensor], tapes: Sequence[Tape]) -> Census:
+    """What one replay of some tapes shows at these weights."""
     taken = Census()
-    if case.state is None:
-        return taken
-    for tape in case.fixed:
+    for tape in tapes:
         place = {id(c): k for k, c in enumerate(tape.program.instructions)}
         end = comparison(tape.program)
 
@@ -47,7 +50,7 @@ def take_census(case: Case) -> Census:
                 _take_activation(taken, place[id(call)], call.name, tensors(args)[0], tensors(result)[0])
 
         with torch.no_grad():
-            tape.replay(case.state.weights, observe=look)
+            tape.replay(weights, observe=look)
     return taken
 
 
@@ -238,10 +241,25 @@ def dead_layers(case: Case, program: Program) -> list[int]:
     return list(dict.fromkeys(k for place in places for k in layers_feeding(program, place)))
 
 
-def examples_in(tape: Tape) -> int:
-    """How many examples a tape holds, by the longest first axis of its constants that most of them share."""
-    lengths = [c.shape[0] for c in tape.constants if c.dim() >= 1]
-    return max(set(lengths), key=lengths.count, default=1)
+def saturated_layers(case: Case, program: Program) -> list[int]:
+    """Parameters of the layers most of whose activations are saturated."""
+    shares = case.once(take_census).saturated
+    places = [k for k, s in shares.items() if sum(s) / len(s) > 0.5 and k < len(program.instructions)]
+    return list(dict.fromkeys(k for place in places for k in layers_feeding(program, place)))
+
+
+def first_gradient(case: Case) -> Evidence | None:
+    """The root mean square gradient of the first weight matrix over that of the last one, in the order of their use."""
+    found = case.once(gradients)
+    if found is None or not case.fixed:
+        return None
+    slopes = dict(zip(found[0], found[1], strict=True))
+    order = dict.fromkeys(k for call in case.fixed[-1].program.instructions for k in call.slots() if k in slopes)
+    sizes = [float(slopes[k].double().square().mean().sqrt()) for k in order if slopes[k].dim() > 1]
+    if len(sizes) < 2 or not sizes[-1]:
+        return None
+    meaning = "rms gradient of the first weight matrix over that of the last"
+    return Evidence.exact("gradient of the first layer", sizes[0] / sizes[-1], meaning, n=len(case.fixed))
 
 
 def mean_loss(weights: Sequence[Tensor], tapes: Sequence[Tape]) -> float:

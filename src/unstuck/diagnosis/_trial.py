@@ -42,6 +42,8 @@ class Fork:
     optimizer: torch.optim.Optimizer
     together: int = 1  # recorded batches a step
     clip: float = math.inf  # the norm that gradients are shortened to
+    warm_up: int = 0  # steps in which the rate rises to its own height
+    altered: Callable[[Tape], Tape] = lambda tape: tape  # what it is given instead of a recorded step
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def scale_rate(self, factor: float) -> None:
@@ -65,6 +67,7 @@ class Remedy:
     apply: Callable[[Fork], None]
     proves: str = ""  # the code of the cause that it proves where it wins, if not of the one that tries it
     least: float = LEAST  # how far below the control it must end, as ln of the two losses' ratio
+    judged: Callable[[Tape], Tape] | None = None  # what all arms are judged on instead of the recorded steps
 
 
 def fork(state: State, clip: float = math.inf) -> Fork:
@@ -100,12 +103,15 @@ def run_trial(
             f"a trial needs 8 recorded steps and finite weights, the run has {len(case.tapes)} recorded steps"
         )
     train, judge = case.split
+    other = next((r.judged for r in remedies if r.judged is not None), None)
     arms = [
         ("as it is", "control", None),
         *((r.name, "remedy", r.apply) for r in remedies),
         ("nothing but a nudge", "null", nudge),
     ]
     make = functools.partial(fork, state, case.clip)
+    if other is not None:
+        judge = [other(t) for t in judge]
     orders = [_all_arms(make, arms, train, judge, order=0, progress=progress)]
     if abs(orders[0][-1].level - orders[0][0].level) > RESTLESS:
         orders += [_all_arms(make, arms, train, judge, order=k, progress=progress) for k in range(1, ORDERS)]
@@ -153,11 +159,13 @@ def _all_arms(
 
 def _train(copy: Fork, train: Sequence[Tape], judge: Sequence[Tape]) -> _Result:
     rates = [group["lr"] for group in copy.optimizer.param_groups]
+    train, judge = [copy.altered(t) for t in train], [copy.altered(t) for t in judge]
     curve: list[float] = []
     taken = 0
     for k in range(STEPS + COOLDOWN):
+        share = min(1.0, (STEPS + COOLDOWN - k) / COOLDOWN, (k + 1) / (copy.warm_up + 1))
         for group, rate in zip(copy.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * min(1.0, (STEPS + COOLDOWN - k) / COOLDOWN)
+            group["lr"] = rate * share
         batch = [train[(taken + j) % len(train)] for j in range(copy.together)]
         taken += copy.together
         copy.optimizer.zero_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import Evidence, Finding
+from unstuck.diagnosis._layers import batchnorm_stale, constant_init, data_corrupted
 from unstuck.diagnosis._steering import eval_while_training, inputs_empty, wrong_sign
 from unstuck.diagnosis._wires import SAME, WITH_WEIGHT, Wires, argument, losses, observed, shown, wires
 from unstuck.objective import Constant, Instruction, Slot, TapeError, tensors
@@ -23,6 +24,9 @@ WIRING = (
     "wrong-sign",
     "eval-while-training",
     "inputs-empty",
+    "constant-init",
+    "batchnorm-stale",
+    "data-corrupted-in-place",
 )
 OUTSIDE = 0.2  # the least share of the targets that the outputs cannot reach
 ROUNDING = 1e-4  # of the sum of a row of probabilities, in half precision some 1e-3
@@ -52,6 +56,9 @@ def wiring_findings(case: Case) -> list[Finding]:
         wrong_sign,
         eval_while_training,
         inputs_empty,
+        constant_init,
+        batchnorm_stale,
+        data_corrupted,
     )
     for check in checks:
         try:

@@ -41,7 +41,7 @@ class Allowance:
     """
 
     def __init__(self) -> None:
-        self._until = 0.0  # seconds spent
+        self._until = GRANT_SECONDS / 2  # seconds spent: the first steps come cheap, and short runs have no others
 
     def grants(self, spent: float, elapsed: float) -> None:
         """More steps are wanted from now on."""

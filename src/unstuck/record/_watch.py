@@ -34,7 +34,7 @@ from unstuck.record._stepped import Stepped, stepping
 from unstuck.record._store import Store
 from unstuck.record._turns import Turns
 
-FIRST_TAPES = 16  # that need not wait for the promised share
+FIRST_TAPES = 16  # that need not wait for the promised share, whatever they cost
 FRUITLESS = 8  # refusals in a row, after which tapes wait for the promised share
 MARGIN = 0.7  # of the promised share: the rest is for what we cannot time, as the caches that we use
 FIRST_STEPS = 4  # in which all models are called, some of them in a closure of the first step
@@ -82,7 +82,7 @@ class Watch:
         self.facts: list[dict[str, Any]] = []  # as the log has them: few, since a count is told when it has doubled
         self.heard = 0  # steps that a recorder was on for
         self._ticks = None if tick is None else Ticks(tick, Run(self.folder, live=self, rank=self.rank))
-        self._wanted = FIRST_TAPES  # tapes that need not wait for the promised share
+        self._wanted = KEPT // 2  # tapes that need not wait for the promised share
         self._hurry = False  # whether they are wanted at once
         self._turns = Turns(ranks())
         self._alarm, self._allowance = Alarm(), Allowance()
@@ -293,7 +293,7 @@ class Watch:
         began = time.perf_counter()
         self._loop.looks(stepped)
         record["order"], record["skipped"] = "".join((*self._hooks.order, "s")), self._skipped
-        record["clips"] = self._hooks.order.count("c")
+        record["clips"], record["schedules"] = self._hooks.order.count("c"), self._hooks.order.count("l")
         if self._leaves.models:
             record["training"] = all(m.training for m in self._leaves.models)
         self._plan()

@@ -1,0 +1,226 @@
+"""The causes that keep a network where it began: no signal, no gradient, no way down."""
+
+from unstuck.diagnosis import _motion as motion
+from unstuck.diagnosis import _remedies as remedies
+from unstuck.diagnosis import _structure as structure
+from unstuck.diagnosis._case import Case
+from unstuck.diagnosis._findings import plain
+from unstuck.diagnosis._hypothesis import (
+    BLIND,
+    BLINDNESS,
+    DEATH,
+    INF,
+    LIFE,
+    SIGHT,
+    SIGNAL,
+    STUCK,
+    Hypothesis,
+    Prediction,
+    value,
+)
+from unstuck.diagnosis._trial import Remedy
+
+GENUINE = 0.05  # a saddle leads down to both sides by this share of the loss
+
+
+def _everything(case: Case) -> list[int]:
+    return sorted({k for t in case.fixed for k in t.program.reads()})
+
+
+def _zero(case: Case) -> str:
+    return (
+        f"The weights started at zero, and {value(case, 'zero gradients'):.0%} of the parameters have a gradient of "
+        "exactly 0: all units compute the same, and only the output's bias learns."
+    )
+
+
+def _dead(case: Case) -> str:
+    return (
+        f"{value(case, 'dead units'):.0%} of the units of a ReLU layer are zero for every input: no gradient passes, "
+        "and what lies before them cannot learn."
+    )
+
+
+def _revived(case: Case) -> list[Remedy]:
+    layers = structure.dead_layers(case, case.fixed[-1].program)
+    return [remedies.renew(layers, case.names, "dead layer initialised afresh")] if layers else []
+
+
+def _killed(case: Case) -> str:
+    return (
+        f"An earlier step destroyed the network: {value(case, 'units at rest'):.0%} of a layer's units are dead or "
+        f"saturated, and the weights are {plain(value(case, 'growth of the weights'))} times as long as at the start. "
+        "A lower rate from here cures nothing."
+    )
+
+
+def _critical_point(case: Case) -> str:
+    gain = value(case, "escape gain")
+    if gain >= GENUINE:
+        return (
+            "The network sits on a saddle: the gradient vanishes, and along the most negative curvature the loss falls "
+            f"to both sides, by {gain:.0%} or more."
+        )
+    return (
+        "The network sits at the flat origin of a deep network, a degenerate saddle: the gradient vanishes, and even "
+        "the most negative curvature hardly leads down, so that gradient descent cannot leave in reasonable time."
+    )
+
+
+def _way_out(case: Case) -> list[Remedy]:
+    found = case.once(motion.way_out)
+    step = [] if found is None else [remedies.along(found[1], _everything(case))]
+    return [remedies.randomise(), *step]
+
+
+def _saturated(case: Case) -> str:
+    return f"{value(case, 'saturation'):.0%} of the activations lie on the flat part of a tanh or sigmoid."
+
+
+def _unsaturated(case: Case) -> list[Remedy]:
+    layers = structure.saturated_layers(case, case.fixed[-1].program)
+    return [remedies.renew(layers, case.names, "saturated layer initialised afresh")] if layers else []
+
+
+def _vanishing(case: Case) -> str:
+    return (
+        "The gradient vanishes on its way back: in the first layer it is "
+        f"{plain(value(case, 'gradient of the first layer'))} of what it is in the last one, while no unit is dead or "
+        "saturated, and the outputs do not depend on the inputs."
+    )
+
+
+ORIGINS: tuple[Hypothesis, ...] = (
+    Hypothesis(
+        "zero-init",
+        (BLIND, STUCK),
+        (
+            Prediction("zero weights at the start", 0.5, 1, "the weights did not start at zero ({value:.0%} did)"),
+            BLINDNESS,
+            Prediction(
+                "zero gradients", 0.4, 1, "the gradients are not zero ({value:.0%} of the parameters have none)"
+            ),
+        ),
+        _zero,
+        "Use the layers' own initialisation (Kaiming or Xavier); zero is right for biases only.",
+        lambda case: (
+            remedies.renew(_everything(case), case.names, "weights initialised afresh"),
+            remedies.randomise(),
+        ),
+        decisive=True,
+    ),
+    Hypothesis(
+        "dead-units",
+        (BLIND, STUCK),
+        (
+            DEATH,
+            SIGNAL,
+            Prediction(
+                "growth of the weights",
+                0,
+                8,
+                "the weights are {shown} × as long as at the start: a step killed them",
+                needed=False,
+            ),
+        ),
+        _dead,
+        "Initialise the dead layer afresh, its bias at 0; a leaky activation cannot die.",
+        _revived,
+        decisive=True,
+    ),
+    Hypothesis(
+        "killed",
+        (BLIND, STUCK),
+        (
+            Prediction("units at rest", 0.9, 1, "the units are alive ({value:.0%} of the worst layer are at rest)"),
+            SIGNAL,
+            Prediction("growth of the weights", 8, INF, "the weights have not grown (‖w‖ is {shown} × its start)"),
+        ),
+        _killed,
+        "Start again from the beginning with a lower learning rate.",
+        lambda case: [remedies.rate(case.start, 1 / k) for k in (10, 30)],
+        origin=lambda case: case.start,
+        decisive=True,
+    ),
+    Hypothesis(
+        "saddle",
+        (BLIND, STUCK),
+        (
+            BLINDNESS,
+            Prediction(
+                "zero weights at the start", 0, 0.5, "the weights started at exactly zero ({value:.0%})", needed=False
+            ),
+            Prediction(
+                "signal into the dead layer",
+                0,
+                1e-3,
+                "the units are dead under a strong signal (rms {shown})",
+                needed=False,
+            ),
+            Prediction(
+                "relative gradient", 0, 0.05, "the gradient is large: ‖g‖‖w‖/L = {shown}, at a saddle below 0.05"
+            ),
+        ),
+        _critical_point,
+        "Initialise at the usual scale (Kaiming or Xavier).",
+        _way_out,
+        evidence=("escape gain",),
+    ),
+    Hypothesis(
+        "plateau",
+        (BLIND, STUCK),
+        (
+            Prediction("saturation", 0.5, 1, "the activations are not on a flat part ({value:.0%} are saturated)"),
+            Prediction(
+                "relative gradient", 0, 0.05, "the gradient is large: ‖g‖‖w‖/L = {shown}, on a plateau below 0.05"
+            ),
+            Prediction(
+                "growth of the weights",
+                0,
+                8,
+                "the weights are {shown} × as long as at the start: a step threw them there",
+                needed=False,
+            ),
+        ),
+        _saturated,
+        "Rescale the inputs or the layer, or use an activation that does not saturate.",
+        _unsaturated,
+    ),
+    Hypothesis(
+        "vanishing-gradient",
+        (BLIND,),
+        (
+            BLINDNESS,
+            LIFE,
+            Prediction("saturation", 0, 0.5, "the activations are saturated ({value:.0%})"),
+            Prediction(
+                "smallest signal at the start", 0.05, INF, "the signal itself fades (to an rms of {shown} at the start)"
+            ),
+            Prediction(
+                "gradient of the first layer",
+                0,
+                0.01,
+                "the gradient reaches the first layer ({shown} of the last one's)",
+            ),
+            Prediction(
+                "growth of the weights", 0, 8, "the weights are {shown} × as long as at the start", needed=False
+            ),
+        ),
+        _vanishing,
+        "Use ReLU and its kin with their initialisation, connections that skip layers, or a norm between them.",
+        decisive=True,
+    ),
+    Hypothesis(
+        "poor-minimum",
+        (),  # no measurement of one run shows that better is reachable: a rival only
+        (
+            SIGHT,
+            Prediction(
+                "relative gradient", 0, 1, "the gradient is large: ‖g‖‖w‖/L = {shown}, near a minimum it is below 1"
+            ),
+            Prediction("drift gain", 0, 0.01, "the loss falls by {value:.0%} further along its way", needed=False),
+        ),
+        lambda case: "The gradient is small and no probe finds a way down.",
+        "Start again from another initialisation, or give the network more width.",
+    ),
+)

@@ -1,0 +1,409 @@
+"""The causes that lie in the steps: their length, their direction, and what the optimiser makes of a gradient."""
+
+import math
+
+from unstuck.diagnosis import _data as data
+from unstuck.diagnosis import _motion as motion
+from unstuck.diagnosis import _remedies as remedies
+from unstuck.diagnosis import _settings as settings
+from unstuck.diagnosis._case import Case
+from unstuck.diagnosis._findings import plain
+from unstuck.diagnosis._hypothesis import (
+    BLIND,
+    DIVERGED,
+    INF,
+    LIFE,
+    SIGHT,
+    STUCK,
+    Hypothesis,
+    Prediction,
+    symptom,
+    value,
+)
+from unstuck.diagnosis._trial import Remedy
+from unstuck.record import State
+
+STEEP = 3.0  # λ₁η from which on neither noise nor a healthy run is met (measured: bouncing 2 to 145, noise below 0.7)
+
+
+def _diverged(case: Case) -> str:
+    rise = value(case, "rise of the loss")
+    worst = "it is no longer a number" if math.isinf(rise) else f"it rose to {plain(rise)} times its start"
+    return (
+        f"The loss blew up: {worst}. The step is too large for the curvature, so every update lands higher than before."
+    )
+
+
+def _slowed(case: Case) -> list[Remedy]:
+    steep = value(case, "curvature × rate at the start")
+    return [remedies.rate(case.start, 1 / k) for k in (10, 100, 1000, *([steep] if 1000 < steep < INF else []))]
+
+
+def _tiny_steps(case: Case) -> str:
+    return (
+        "The loss hardly moves because the steps are tiny: each update could be "
+        f"{plain(value(case, 'head-room'))} times as long before the loss of its own batch rises again."
+    )
+
+
+def _dulled(case: Case) -> str:
+    return (
+        f"The optimiser's ε is larger than the gradients: for {value(case, 'under ε'):.0%} of the weights it takes "
+        "the place of the root mean square gradient, and the steps are as small as the gradients are."
+    )
+
+
+def _raised(case: Case) -> list[Remedy]:
+    room = value(case, "head-room")
+    return [remedies.rate(case.state, room / 4), remedies.rate(case.state, room / 40)]
+
+
+def _bouncing(case: Case) -> str:
+    return (
+        "The loss has stopped falling although the gradient is still large: every step jumps across a ravine instead "
+        "of going down in it."
+    )
+
+
+def _noisy(case: Case) -> str:
+    return (
+        "The loss has stopped falling because the batches disagree: the noise of the gradient moves the weights as far "
+        "as its mean."
+    )
+
+
+def _lowered(case: Case) -> list[Remedy]:
+    arms = [remedies.rate(case.state, 1 / k, least=remedies.SLIGHTLY) for k in (3, 10)]
+    if motion.repeats_one_batch(case):
+        return arms
+    # it helps a step that the curvature makes bounce as well as one that noise does: λ₁η tells them apart
+    cause = "lr-bounces" if value(case, "curvature × rate") >= STEEP else "noise-floor"
+    return [*arms, remedies.larger_batch(4, proves=cause)]
+
+
+def _clipped_away(case: Case) -> str:
+    return (
+        f"Clipping leaves {plain(value(case, 'what clipping leaves'))} of the gradient: it no longer bounds the rare "
+        "long step, it sets the length of every one."
+    )
+
+
+def _unclipped(case: Case) -> list[Remedy]:
+    return [remedies.unclipped(), remedies.looser_clip(case.clip / value(case, "what clipping leaves") / 2)]
+
+
+def _decayed_away(case: Case) -> str:
+    return (
+        f"Weight decay makes {value(case, 'share of weight decay'):.0%} of each update: it pulls the weights to zero "
+        "as fast as the loss can pull them anywhere."
+    )
+
+
+def _unworn(case: Case) -> State | None:
+    """Where the run stands, or its start where nothing is left of the weights."""
+    return case.start if symptom(case) == BLIND else case.state
+
+
+def _calm(case: Case) -> State | None:
+    """Where the run stands, or its start where it blew up."""
+    return case.start if symptom(case) == DIVERGED else case.state
+
+
+def _swinging(case: Case) -> str:
+    beta = value(case, "momentum")
+    return (
+        f"With a momentum of {beta:g} each gradient acts for some {1 / (1 - beta):.0f} steps: the weights swing past "
+        "where the gradient turns."
+    )
+
+
+def _run_dry(case: Case) -> str:
+    return (
+        f"The schedule has taken the rate away: for {value(case, 'steps at a lost rate'):.0%} of the run it was "
+        f"below 1/{1 / settings.LOST:.0f} of its peak, while the loss could still fall."
+    )
+
+
+def _misused(case: Case) -> str:
+    rising = value(case, "rise of the rate")
+    if rising > 1:
+        return (
+            "The warm-up has not ended: the rate rose to the very last step, and is still too small to move the loss."
+        )
+    return (
+        f"The schedule is stepped once for every step of the optimiser, and so has taken the rate away early: for "
+        f"{value(case, 'steps at a lost rate'):.0%} of the run it was below 1/{1 / settings.LOST:.0f} of its peak."
+    )
+
+
+def _restored(case: Case) -> list[Remedy]:
+    if value(case, "rise of the rate") > 3:
+        return [remedies.rate(case.state, k) for k in (50, 10)]
+    peak = max(case.run.series("lr")[1])
+    return [remedies.rate_at(peak), remedies.rate_at(peak / 10)]
+
+
+def _summed(case: Case) -> list[Remedy]:
+    rows = case["scale of the loss"]
+    return [remedies.rate(case.start, 1 / (rows.value * rows.n))] if rows is not None else []
+
+
+def _too_loud(case: Case) -> str:
+    rows = case["scale of the loss"]
+    n = 0 if rows is None else rows.n
+    return (
+        f"The loss is summed over the {n} rows of a batch, not averaged: its gradient, and so each step, is {n} times "
+        "as long, and grows with the batch."
+    )
+
+
+def _dropped(case: Case) -> str:
+    return (
+        f"Dropout of {value(case, 'dropout'):.0%} leaves too little of each layer: the gradient of one mask says "
+        "hardly anything of that of the next."
+    )
+
+
+def _far_out(case: Case) -> str:
+    return (
+        f"A row of the data lies {plain(value(case, 'longest row'))} times as far out as the median one of its "
+        "batch: where it comes up it makes the whole step."
+    )
+
+
+def _sorted(case: Case) -> str:
+    return (
+        f"The batches come sorted: the targets of one spread {value(case, 'mixture of a batch'):.0%} as far as those "
+        "of all, so each step undoes what the last ones have learned of the others."
+    )
+
+
+def _unrelated(case: Case) -> str:
+    return (
+        "The targets do not seem to go with the inputs: the rows nearest to a row tell its target no better than "
+        f"guessing ({value(case, 'what neighbours tell'):.0%} of the way to certainty), though the network responds to "
+        "its inputs and its steps are long enough to learn."
+    )
+
+
+def _few_rows(case: Case) -> str:
+    return (
+        f"Batch norm has only {plain(value(case, 'numbers to a norm'))} numbers of a channel to take mean and spread "
+        "from: they are mostly noise, and differ between training and evaluation."
+    )
+
+
+MIXED = Prediction("mixture of a batch", 0.7, INF, "the batches come sorted", needed=False)
+
+# whose premise stands in the script or in the data: weighed before what they lead to
+GIVEN: tuple[Hypothesis, ...] = (
+    Hypothesis(
+        "outliers",
+        (DIVERGED, BLIND, STUCK),
+        (Prediction("longest row", 20, INF, "no row lies far out (at most {shown} median lengths)", premise=True),),
+        _far_out,
+        "Find the rows furthest out and mend or drop them; clip the gradient, or use a loss that grows linearly.",
+        lambda case: [remedies.without_outliers(data.cut_off(case))],
+        origin=lambda case: case.start,
+    ),
+    Hypothesis(
+        "dropout-too-high",
+        (DIVERGED, STUCK),
+        (Prediction("dropout", 0.6, 1, "dropout is at most {value:.0%}", premise=True),),
+        _dropped,
+        "Lower dropout; 0.1 to 0.5 is usual.",
+        lambda case: [remedies.less_dropout(0.2)],
+        origin=lambda case: case.start,
+    ),
+    Hypothesis(
+        "loss-summed",
+        (DIVERGED, STUCK),
+        (Prediction("scale of the loss", 0.5, 2, "the loss is no sum over the rows of a batch", premise=True),),
+        _too_loud,
+        "Average the loss over the batch (reduction='mean'), or divide the rate by the number of rows.",
+        _summed,
+        origin=lambda case: case.start,
+    ),
+    Hypothesis(
+        "weight-decay-too-large",
+        (BLIND, STUCK),
+        (Prediction("share of weight decay", 0.3, INF, "weight decay makes {value:.0%} of the update", premise=True),),
+        _decayed_away,
+        "Lower the weight decay; 0.01 to 0.1 is usual where it is decoupled, 1e-4 where it is not.",
+        lambda case: [remedies.option("weight_decay", 0.0, "no weight decay", least=remedies.FAR)],
+        origin=_unworn,
+    ),
+    Hypothesis(
+        "momentum-too-high",
+        (DIVERGED, STUCK),
+        (Prediction("momentum", 0.92, 1, "the momentum is {shown}", premise=True),),
+        _swinging,
+        "Use a momentum of 0.9.",
+        lambda case: [remedies.less_momentum(0.9)],
+        origin=_calm,
+    ),
+)
+
+STEPS: tuple[Hypothesis, ...] = (
+    Hypothesis(
+        "lr-diverges",
+        (DIVERGED,),
+        (Prediction("rise of the loss", 10, INF, "the loss never rose far above its start (at worst {shown} × it)"),),
+        _diverged,
+        "Start again with a learning rate that the trial accepts; warm-up or clipping helps an unstable start.",
+        _slowed,
+        origin=lambda case: case.start,
+    ),
+    Hypothesis(
+        "clip-too-strong",
+        (STUCK,),
+        (
+            Prediction("what clipping leaves", 0, 0.1, "clipping leaves {value:.0%} of the gradient", premise=True),
+            SIGHT,
+        ),
+        _clipped_away,
+        "Clip at about the longest norm of a healthy stretch, or not at all.",
+        _unclipped,
+        evidence=("head-room",),
+    ),
+    Hypothesis(
+        "scheduler-misused",
+        (STUCK,),
+        (
+            SIGHT,
+            Prediction(
+                "misuse of the schedule",
+                1,
+                1,
+                "the schedule is not stepped too often, and no warm-up is without end",
+                premise=True,
+            ),
+        ),
+        _misused,
+        "Step a schedule as often as it counts: after each epoch, or with its lengths given in steps.",
+        _restored,
+    ),
+    Hypothesis(
+        "lr-decayed-early",
+        (STUCK,),
+        (
+            SIGHT,
+            Prediction("steps at a lost rate", 1 / 3, 1, "the rate was lost in {value:.0%} of the steps", premise=True),
+        ),
+        _run_dry,
+        "Let the rate decay later, or not as far.",
+        _restored,
+    ),
+    Hypothesis(
+        "adam-constants",
+        (STUCK,),
+        (
+            SIGHT,
+            Prediction(
+                "under ε", 0.5, 1, "ε is below the gradients ({value:.0%} of the weights lie under it)", premise=True
+            ),
+            Prediction("head-room", 20, INF, "an update could be only {shown} × as long (a dulled one: over 20 ×)"),
+        ),
+        _dulled,
+        "Leave ε at its default of 1e-8, or at a hundredth of the gradients' root mean square.",
+        lambda case: [remedies.epsilon(1e-8)],
+    ),
+    Hypothesis(
+        "lr-too-small",
+        (STUCK,),
+        (
+            SIGHT,
+            Prediction("trend", -0.15, INF, "the loss falls (ln by {value:.2f} in the last third of the run)"),
+            Prediction(
+                "under ε", 0, 0.5, "ε holds the steps back ({value:.0%} of the weights lie under it)", needed=False
+            ),
+            Prediction(
+                "what clipping leaves", 0.1, 1, "clipping shortens the steps: it leaves {value:.0%}", needed=False
+            ),
+            Prediction("share of weight decay", 0, 0.3, "weight decay makes {value:.0%} of each update", needed=False),
+            Prediction("steps at a lost rate", 0, 1 / 3, "a schedule took the rate away", needed=False),
+            Prediction("rise of the rate", 0, 3, "the rate was still rising", needed=False),
+            Prediction("head-room", 200, INF, "an update could be only {shown} × as long (a tiny one: over 200 ×)"),
+            Prediction("head-room elsewhere", 20, INF, "on another batch it could be only {shown} times as long"),
+            Prediction("drift gain", 0.01, 1, "nothing is gained further along its way ({value:.1%})", needed=False),
+        ),
+        _tiny_steps,
+        "Raise the learning rate to one that the trial accepts.",
+        _raised,
+    ),
+    Hypothesis(
+        "labels-shuffled",
+        (STUCK,),
+        (
+            Prediction(
+                "what neighbours tell", -1, 0.1, "rows that lie near one another have like targets", premise=True
+            ),
+            SIGHT,
+            LIFE,
+            Prediction("head-room", 0, 200, "the step is tiny: an update could be {shown} times as long"),
+        ),
+        _unrelated,
+        "Look at some rows with their targets: a sort, a shuffle or a join has moved one and not the other.",
+        suspected=True,
+    ),
+    Hypothesis(
+        "not-shuffled",
+        (STUCK,),
+        (
+            Prediction(
+                "mixture of a batch",
+                0,
+                0.7,
+                "the batches are mixed (their targets spread {value:.0%} as far as all)",
+                premise=True,
+            ),
+        ),
+        _sorted,
+        "Shuffle the rows anew for each epoch (DataLoader(shuffle=True)), over all of the data.",
+        decisive=True,
+    ),
+    Hypothesis(
+        "batchnorm-tiny-batch",
+        (STUCK,),
+        (Prediction("numbers to a norm", 0, 6, "batch norm has {shown} numbers of a channel to go by", premise=True),),
+        _few_rows,
+        "Use larger batches, or a norm that does not depend on them (layer norm, group norm).",
+        decisive=True,
+    ),
+    Hypothesis(
+        "lr-bounces",
+        (STUCK,),
+        (
+            SIGHT,
+            LIFE,
+            MIXED,
+            Prediction("head-room", 0, 200, "the step is tiny: an update could be {shown} times as long"),
+            Prediction(
+                "curvature × rate", 1, INF, "the step is small for the curvature (λ₁η = {shown}, bouncing: above 1)"
+            ),
+        ),
+        _bouncing,
+        "Lower the learning rate to one that the trial accepts, or let it decay; a larger batch may help.",
+        _lowered,
+        evidence=("relative gradient",),
+    ),
+    Hypothesis(
+        "noise-floor",
+        (STUCK,),
+        (
+            SIGHT,
+            MIXED,
+            Prediction("different batches", 2, INF, "every step uses the same batch: its gradient has no noise"),
+            Prediction("head-room", 0, 200, "the step is tiny: an update could be {shown} times as long"),
+            Prediction(
+                "curvature × rate",
+                0,
+                1,
+                "curvature limits the step before noise does (λ₁η = {shown}, noise: below 1)",
+            ),
+        ),
+        _noisy,
+        "Let the learning rate decay, or use a larger batch.",
+        _lowered,
+    ),
+)
