@@ -619,3 +619,17 @@ def test_the_gradient_of_the_first_layer_over_that_of_the_last(tmp_path):
     classify(model, x, y).backward()
     first, last = (m.weight.grad.square().mean().sqrt() for m in (model[0], model[-1]))
     assert c["gradient of the first layer"].value == pytest.approx(float(first / last), rel=1e-2)
+
+
+def test_the_curvature_of_a_sparse_embedding(tmp_path):
+    """Its gradient is sparse, and so may be what a Hessian product makes of it."""
+    values = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(12, 4, sparse=sparse), nn.Flatten(), nn.Linear(12, 4))
+        x, y = torch.randint(12, (64, 3)), torch.randint(4, (64,))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        values.append(
+            case(recorded(tmp_path / str(sparse), train(model, optimizer, [(x, y)], 4)))["curvature × rate"].value
+        )
+    assert values[1] == pytest.approx(values[0], rel=1e-3)

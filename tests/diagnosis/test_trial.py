@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import batches, blobs, case, classify, mlp, recorded, train
 
-from unstuck.diagnosis import HYPOTHESES, Fork, Remedy, run_trial
+from unstuck.diagnosis import HYPOTHESES, MEASURES, Case, Evidence, Fork, Remedy, run_trial
 from unstuck.diagnosis._remedies import along, larger_batch, randomise, rate, renew
 
 NOTHING = Remedy("nothing", lambda copy: None)
@@ -197,13 +197,16 @@ def test_each_remedy_has_its_own_bound(tmp_path):
     assert [a.remedy for a in found.accepted] == ["some", "more"]
 
 
-def test_a_lower_rate_must_gain_little_and_a_larger_batch_much(tmp_path):
-    """The bounds that told faults from healthy runs: ln ratios of -0.03 and -0.2."""
-    known = trained(tmp_path)[0]
+@pytest.mark.parametrize(("steep", "least"), [(0.5, math.log(0.8)), (4.9, math.log(0.8)), (5.1, -0.03)])
+def test_a_lower_rate_must_gain_little_where_the_step_is_far_too_long_and_a_larger_batch_much(tmp_path, steep, least):
+    """The bounds that told faults from healthy runs."""
+    found = Evidence.exact("curvature × rate", steep, "")
+    known = Case(trained(tmp_path)[0].run, {**MEASURES, "curvature × rate": lambda case: found})
     *rates, batch = next(h for h in HYPOTHESES if h.code == "lr-bounces").remedies(known)
-    assert [r.least for r in rates] == [-0.03, -0.03]
+    assert [r.least for r in rates] == [least, least]
     assert [r.proves for r in rates] == ["", ""]
-    assert (batch.proves, batch.least) == ("noise-floor", pytest.approx(-0.223, abs=1e-3))
+    assert batch.least == pytest.approx(math.log(0.7))
+    assert batch.proves == ("lr-bounces" if steep >= 3 else "noise-floor")
 
 
 class TestOrders:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unstuck.diagnosis._findings import Evidence
-from unstuck.objective import Constant, Instruction, Objective, Program, Slot, Tape, TapeError
+from unstuck.objective import Constant, Instruction, Objective, Program, Slot, Tape
 from unstuck.record import Memory, Run, State, of_tapes
 
 HELD_OUT = 30  # tapes that no arm of a trial trains on
@@ -70,7 +70,7 @@ class Case:
         if name not in self._known:
             try:
                 self._known[name] = self._measures[name](self)
-            except (TapeError, ValueError, torch.OutOfMemoryError) as error:
+            except (RuntimeError, ValueError) as error:  # the others may still tell
                 self._known[name] = None
                 self.reasons[name] = str(error)
         return self._known[name]

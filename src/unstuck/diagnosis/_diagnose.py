@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
-
 from unstuck.diagnosis._blown import non_finite
 from unstuck.diagnosis._case import Case, Measure
 from unstuck.diagnosis._exact import EXACT, FACTS, exact_findings
@@ -26,7 +24,6 @@ from unstuck.diagnosis._hypothesis import BLIND, DIVERGED, STUCK, Hypothesis, at
 from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, Remedy, run_trial
 from unstuck.diagnosis._wiring import WIRING
-from unstuck.objective import TapeError
 from unstuck.record import Run
 
 LASTING = 10.0  # times its start that a finite loss ends at, where that alone is to be a fault
@@ -135,7 +132,7 @@ def _tried(
     if remedies:
         try:
             trial = run_trial(case, remedies, state=h.origin(case), progress=_later(progress))
-        except (ValueError, TapeError, torch.OutOfMemoryError) as error:
+        except (RuntimeError, ValueError) as error:
             because = str(error)
     proved = set() if trial is None else _proved(h, remedies, trial)
     if h.code in proved:

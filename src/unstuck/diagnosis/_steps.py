@@ -23,6 +23,7 @@ from unstuck.diagnosis._hypothesis import (
 from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
+BEYOND = 5.0  # λ₁η from which on a lower rate need gain little (healthy runs that stand still: below 3.3)
 STEEP = 3.0  # λ₁η from which on neither noise nor a healthy run is met (measured: bouncing 2 to 145, noise below 0.7)
 
 
@@ -73,7 +74,8 @@ def _noisy(case: Case) -> str:
 
 
 def _lowered(case: Case) -> list[Remedy]:
-    arms = [remedies.rate(case.state, 1 / k, least=remedies.SLIGHTLY) for k in (3, 10)]
+    least = remedies.SLIGHTLY if value(case, "curvature × rate") >= BEYOND else remedies.FAR
+    arms = [remedies.rate(case.state, 1 / k, least=least) for k in (3, 10)]
     if motion.repeats_one_batch(case):
         return arms
     # it helps a step that the curvature makes bounce as well as one that noise does: λ₁η tells them apart

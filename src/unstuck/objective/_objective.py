@@ -296,7 +296,7 @@ class Objective:
             pieces = total.split([shape.numel() for shape in self.shapes])
             for term, part in zip(self._divided(self._leaves), parts(), strict=True):
                 for piece, x in zip(pieces, part, strict=True):  # never flat: that would be one copy more
-                    piece.add_(x.reshape(-1).to(total), alpha=term.weight)
+                    piece.add_((x.to_dense() if x.is_sparse else x).reshape(-1).to(total), alpha=term.weight)
             self._check_leaves()
             return total
 
