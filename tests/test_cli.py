@@ -168,7 +168,7 @@ main()
     assert code == plain.returncode == 1
     assert plain.stderr.count("Traceback") == 4
     assert stderr.startswith(plain.stderr)
-    assert stderr[len(plain.stderr) :].count("\n") < 6
+    assert stderr[len(plain.stderr) :].count("\n") < 8
 
 
 def test_the_traceback_of_the_first_call_is_the_one_that_python_prints():

@@ -9,7 +9,7 @@ from torch import nn
 import unstuck
 from unstuck.diagnosis import non_finite
 from unstuck.objective import Recorder, Vault
-from unstuck.record import _stepped, _watch
+from unstuck.record import _governor, _stepped, _watch
 from unstuck.record._models import module_names
 from unstuck.record._nonfinite import first_nonfinite, origin
 
@@ -318,6 +318,7 @@ def test_weights_that_were_spoilt_from_the_start_are_told_so(tmp_path):
 
 def test_a_call_that_fails_on_a_batch_is_told_when_the_batch_comes_again(tmp_path, monkeypatch):
     monkeypatch.setattr(_watch, "FIRST_TAPES", 2)
+    monkeypatch.setattr(_governor, "GRANT_SECONDS", 0.0)
     torch.manual_seed(0)
     model, x = Net(), torch.randn(40, 6, 4)
 

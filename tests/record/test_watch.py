@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import unstuck
-from unstuck.record import State, _stepped, _store, _watch
+from unstuck.record import State, _governor, _stepped, _store, _watch
 from unstuck.record._state import pack_state, snapshot, unpack_state
 
 
@@ -327,6 +327,7 @@ def test_an_error_of_the_watcher_costs_the_watcher_and_one_warning(tmp_path, mon
 
 def test_a_batch_with_nan_is_told_when_it_comes_again(tmp_path, monkeypatch):
     monkeypatch.setattr(_watch, "FIRST_TAPES", 2)
+    monkeypatch.setattr(_governor, "GRANT_SECONDS", 0.0)
     torch.manual_seed(0)
     model, data = Net(), torch.randn(40, 4, 3)
     data[25, 1, 0] = float("nan")
