@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import batches, blobs, case, classify, mlp, recorded, train
 
-from unstuck.diagnosis import HYPOTHESES, MEASURES, Case, Evidence, Fork, Remedy, run_trial
+from unstuck.diagnosis import HYPOTHESES, MEASURES, Case, Evidence, Fork, Remedy, _trial, run_trial
 from unstuck.diagnosis._remedies import along, larger_batch, randomise, rate, renew
 
 NOTHING = Remedy("nothing", lambda copy: None)
@@ -18,6 +18,13 @@ OPTIMISERS = {
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.003),
     "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.05),
 }
+
+
+@pytest.fixture(autouse=True)
+def _by_heart(request, monkeypatch):
+    """How many steps are recorded depends on the machine: that few are refused is for a test of its own."""
+    if "by_heart" not in request.node.name:
+        monkeypatch.setattr(_trial, "FEW", 0)
 
 
 def trained(folder, make=OPTIMISERS["sgd"], *, seed=0, steps=100, size=10, n=200, noise=1.0):

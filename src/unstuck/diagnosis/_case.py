@@ -224,9 +224,8 @@ def _fingerprint(constant: Tensor) -> tuple[Any, ...]:
 
 
 def examples_in(tape: Tape) -> int:
-    """How many examples a tape holds, by the longest first axis of its constants that most of them share."""
-    lengths = [c.shape[0] for c in tape.constants if c.dim() >= 1]
-    return max(set(lengths), key=lengths.count, default=1)
+    """How many examples a tape holds, at the most: the longest first axis of its constants."""
+    return max((c.shape[0] for c in tape.constants if c.dim()), default=1) or 1
 
 
 def comparison(program: Program) -> Comparison | None:

@@ -108,15 +108,6 @@ def looser_clip(norm: float) -> Remedy:
     return Remedy(f"clipping at {norm:.2g}", apply)
 
 
-def warm_up(steps: int) -> Remedy:
-    """A rate that rises to its own height."""
-
-    def apply(copy: Fork) -> None:
-        copy.warm_up = steps
-
-    return Remedy(f"warm-up over {steps} steps", apply)
-
-
 def altered(label: str, change: Callable[[Tape], Tape], *, least: float = LEAST) -> Remedy:
     """Other steps than the recorded ones: their data changed, or their program."""
 
