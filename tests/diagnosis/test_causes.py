@@ -227,3 +227,18 @@ def test_a_cause_is_named(code, tmp_path):
 )
 def test_the_same_training_without_it_is_silent(code, tmp_path):
     assert codes(trained_with(code, TRAININGS[code][3], tmp_path)) == []
+
+
+@pytest.mark.parametrize("change", ["momentum", "dropout"])
+def test_a_setting_that_moves_with_the_steps_is_no_setting(change, tmp_path):
+    """Statistics as a plain mean over all batches, a dropout that a schedule raises: numbers of their own each step."""
+    t = Task(norm=True)
+    t.model[2].momentum = None if change == "momentum" else 0.1
+    plain, steps = t.loss, iter(range(10**6))
+
+    def loss(model, x, y):
+        p = 0.9 - 0.4 / (1 + next(steps)) if change == "dropout" else 0.0
+        return plain(model, x, y) if change == "momentum" else F.cross_entropy(model[3](F.dropout(model[:3](x), p)), y)
+
+    t.loss = loss
+    assert codes(t.run(tmp_path)) == []

@@ -134,5 +134,6 @@ def neighbours(case: Case) -> Evidence | None:
 def _once(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Each row once, at most ROWS of them."""
     _, first = x.unique(dim=0, return_inverse=True)
-    kept = torch.full((int(first.max()) + 1,), len(x)).scatter_reduce(0, first, torch.arange(len(x)), "amin")[:ROWS]
+    kept = torch.full_like(first, len(x)).scatter_reduce(0, first, torch.arange(len(x), device=x.device), "amin")
+    kept = kept[kept < len(x)][:ROWS]
     return x[kept], y[kept]

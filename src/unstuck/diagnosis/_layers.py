@@ -51,7 +51,9 @@ def batchnorm_stale(case: Case) -> Finding | None:
     slow = [
         (k, call)
         for k, call in w.calls(("batch_norm",))
-        if argument(call, 5, "training") is True and 0 < (argument(call, 6, "momentum", 0.1) or 1.0) <= SLOW
+        if argument(call, 5, "training") is True
+        and type(momentum := argument(call, 6, "momentum", 0.1)) is float  # else a plain mean, by another one each time
+        and 0 < momentum <= SLOW
     ]
     if not slow or case.state is None:
         return None
@@ -120,11 +122,12 @@ def dropout_rate(case: Case) -> Evidence | None:
         return None
     w = case.once(wires)[0]
     rates = [
-        float(argument(call, 1, "p", 0.5))
+        argument(call, 1, "p", 0.5)
         for _, call in w.calls(DROPOUTS)
         if argument(call, 2, "training", True) is True and call.grad
     ]
-    return Evidence.exact("dropout", max(rates, default=0.0), "the highest probability of a layer")
+    known = [float(p) for p in rates if type(p) in (int, float)]  # others follow a schedule of their own
+    return Evidence.exact("dropout", max(known, default=0.0), "the highest probability of a layer")
 
 
 def rows_per_norm(case: Case) -> Evidence | None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -133,11 +134,14 @@ def less_dropout(p: float) -> Remedy:
 
 
 def _with_dropout(program: Program, limit: float) -> Program:
+    def at_most(p: Any) -> Any:
+        return min(p, limit) if type(p) in (int, float) else p
+
     def changed(call: Instruction) -> Instruction:
         if call.name not in DROPOUTS:
             return call
-        args = tuple(min(a, limit) if k == 1 and type(a) is float else a for k, a in enumerate(call.args))
-        kwargs = tuple((name, min(x, limit) if name == "p" else x) for name, x in call.kwargs)
+        args = tuple(at_most(a) if k == 1 else a for k, a in enumerate(call.args))
+        kwargs = tuple((name, at_most(x) if name == "p" else x) for name, x in call.kwargs)
         return replace(call, args=args, kwargs=kwargs)
 
     return replace(program, instructions=tuple(map(changed, program.instructions)))
