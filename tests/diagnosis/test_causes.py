@@ -242,3 +242,14 @@ def test_a_setting_that_moves_with_the_steps_is_no_setting(change, tmp_path):
 
     t.loss = loss
     assert codes(t.run(tmp_path)) == []
+
+
+def test_a_weight_of_the_loss_that_shrinks_is_no_corrupted_input(tmp_path):
+    t, left = Task(), iter(range(10**6))
+
+    def loss(model, x, y):
+        weight = torch.rand(len(x)) * 0.97 ** next(left)
+        return (weight * F.cross_entropy(model(x), y, reduction="none")).sum() / weight.sum()
+
+    t.loss = loss
+    assert codes(t.run(tmp_path)) == []

@@ -92,7 +92,7 @@ def data_corrupted(case: Case) -> Finding | None:
     if found is None or len(w.tapes) < 2 * FEW:
         return None
     _, _, places, _ = found
-    for k in places:
+    for k in w.entering.intersection(places):  # not an advantage or a weight of the loss, which may well shrink
         sizes = [_size(tape, k) for tape in w.tapes]
         first, last = statistics.median(sizes[:FEW]), statistics.median(sizes[-FEW:])
         shrunk = last <= SHRUNK * first and max(sizes[-FEW:]) < min(sizes[:FEW])

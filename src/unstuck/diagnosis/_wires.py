@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unstuck.diagnosis._case import LOSSES, Case, distinct
 from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
-from unstuck.objective import Instruction, Program, Slot, Tape
+from unstuck.objective import Constant, Instruction, Program, Slot, Tape
 
 MOST = 4  # tapes that one check replays
 SAME = frozenset(  # calls that hand on the numbers they are given
@@ -51,6 +51,17 @@ class Wires:
             if not found.isdisjoint(call.outputs):
                 found.update(call.slots())
         return frozenset(found)
+
+    @cached_property
+    def entering(self) -> frozenset[int]:
+        """The constants that meet a parameter in a call: what enters a first layer."""
+        return frozenset(
+            x.at
+            for call in self.program.instructions
+            if any(slot < self.program.parameters for slot in call.slots())
+            for x in call.leaves()
+            if type(x) is Constant
+        )
 
     @cached_property
     def recent(self) -> tuple[Tape, ...]:
