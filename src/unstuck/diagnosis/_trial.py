@@ -42,7 +42,6 @@ class Fork:
     optimizer: torch.optim.Optimizer
     together: int = 1  # recorded batches a step
     clip: float = math.inf  # the norm that gradients are shortened to
-    warm_up: int = 0  # steps in which the rate rises to its own height
     altered: Callable[[Tape], Tape] = lambda tape: tape  # what it is given instead of a recorded step
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
@@ -163,7 +162,7 @@ def _train(copy: Fork, train: Sequence[Tape], judge: Sequence[Tape]) -> _Result:
     curve: list[float] = []
     taken = 0
     for k in range(STEPS + COOLDOWN):
-        share = min(1.0, (STEPS + COOLDOWN - k) / COOLDOWN, (k + 1) / (copy.warm_up + 1))
+        share = min(1.0, (STEPS + COOLDOWN - k) / COOLDOWN)
         for group, rate in zip(copy.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
         batch = [train[(taken + j) % len(train)] for j in range(copy.together)]
