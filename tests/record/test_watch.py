@@ -1,6 +1,7 @@
 """What a watched run knows of the script: names, facts, states, tapes."""
 
 import copy
+import time
 
 import pytest
 import torch
@@ -394,3 +395,12 @@ def test_a_copy_of_the_model_that_teaches_it_is_a_constant_of_each_step(tmp_path
         for p, w in zip(model.parameters(), elsewhere, strict=True):
             p.copy_(w)
         assert float(memory.tapes[-1].replay(elsewhere)) == pytest.approx(F.mse_loss(model(data), target).item())
+
+
+def test_a_pause_within_a_pause_is_counted_once(tmp_path):
+    with unstuck.watch(folder=tmp_path / "run") as run:
+        time.sleep(0.02)
+        before = run._live._elapsed()
+        with run.paused(), run.paused():
+            time.sleep(0.05)
+        assert before <= run._live._elapsed() < before + 0.04

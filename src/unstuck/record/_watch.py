@@ -163,7 +163,7 @@ class Watch:
             self._hooks.order.clear()
             self._hooks.order.extend(order)
             self._hooks.paused = was
-            self._began += time.perf_counter() - began
+            self._began += 0.0 if was else time.perf_counter() - began  # a pause within a pause counts once
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
         """What runs inside is not recorded: torch asks there whether somebody listens, and then computes otherwise."""
