@@ -185,9 +185,11 @@ class TestUnderEpsilon:
         kept = optimizer.state[w]["max_exp_avg_sq" if amsgrad else "exp_avg_sq"]
         assert known["under ε"].value == ((kept / (1 - 0.999**30)).sqrt() < eps).double().mean()
 
-    def test_an_optimiser_without_one_does_not_know_it(self, tmp_path):
+    def test_under_an_optimiser_without_one_there_is_nothing(self, tmp_path):
         X, y = regression()
-        assert regress(tmp_path, X, y, lambda p: torch.optim.SGD(p, lr=0.01))[0]["under ε"] is None
+        found = regress(tmp_path, X, y, lambda p: torch.optim.SGD(p, lr=0.01))[0]["under ε"]
+        assert (found.value, found.n) == (0, 1)
+        assert "there is none" in found.meaning
 
 
 class TestDriftGain:

@@ -20,7 +20,7 @@ from unstuck.diagnosis._findings import (
     Trial,
 )
 from unstuck.diagnosis._hypotheses import HYPOTHESES, MEASURES
-from unstuck.diagnosis._hypothesis import BLIND, DIVERGED, STUCK, Hypothesis, at_chance, symptom
+from unstuck.diagnosis._hypothesis import AMISS, BLIND, DIVERGED, STUCK, Hypothesis, at_chance, symptom
 from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, Remedy, run_trial
 from unstuck.diagnosis._wiring import WIRING
@@ -162,7 +162,8 @@ def _proved(h: Hypothesis, remedies: Sequence[Remedy], trial: Trial) -> set[str]
 
 
 def _finding(case: Case, h: Hypothesis, word: str, advice: str, trial: Trial | None) -> Finding:
-    return Finding(h.code, word, since(case), _place(case, h), h.claim(case), advice, _evidence(case, h), trial=trial)
+    step = case.steps[0] if AMISS in h.symptoms else since(case)
+    return Finding(h.code, word, step, _place(case, h), h.claim(case), advice, _evidence(case, h), trial=trial)
 
 
 def _evidence(case: Case, h: Hypothesis) -> tuple[Evidence, ...]:

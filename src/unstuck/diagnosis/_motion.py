@@ -260,7 +260,7 @@ def under_epsilon(case: Case) -> Evidence | None:
                 below += int(((moment / correction).sqrt() < group["eps"]).sum())
                 count += moment.numel()
     if not count:
-        return None
+        return Evidence.exact("under ε", 0.0, "share of the numbers whose rms gradient is below ε (there is none)")
     meaning = "share of the numbers whose rms gradient is below ε, so that the step is no longer scaled by it"
     return Evidence.exact("under ε", below / count, meaning, n=count)
 

@@ -181,10 +181,11 @@ def _sorted(case: Case) -> str:
 
 
 def _unrelated(case: Case) -> str:
+    told = max(value(case, "what neighbours tell"), 0.0)
     return (
         "The targets do not seem to go with the inputs: the rows nearest to a row tell its target no better than "
-        f"guessing ({value(case, 'what neighbours tell'):.0%} of the way to certainty), though the network responds to "
-        "its inputs and its steps are long enough to learn."
+        f"guessing ({told:.0%} of the way to certainty), though the network responds to its inputs and its steps are "
+        "long enough to learn."
     )
 
 
