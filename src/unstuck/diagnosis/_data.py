@@ -3,7 +3,6 @@
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from unstuck.diagnosis._case import HELD_OUT, Case, distinct
 from unstuck.diagnosis._findings import Evidence
 from unstuck.diagnosis._start import batches
-from unstuck.diagnosis._wires import Wires, losses, wires
+from unstuck.diagnosis._wires import Wires, exchanged, losses, wires
 from unstuck.objective import Constant, Tape
 
 ROWS, NEAREST = 1500, 5  # rows that neighbours are looked for among, and how many of each
@@ -22,7 +21,7 @@ REACH = 5.0  # median lengths of a row at which what lies further out is cut off
 
 def outlying(case: Case) -> Evidence | None:
     """How far out the longest row lies, in median lengths, of the inputs or of targets that are numbers."""
-    rows = [_lengths(t, k) for t in _latest(case) for k in case.once(_numbers)]
+    rows = [_lengths(t.constants[k]) for t in _latest(case) for k in case.once(_numbers)]
     far = [float(x.max() / x.median()) for x in rows if len(x) > 3 and float(x.median()) > 0]
     if not far:
         return None
@@ -44,29 +43,21 @@ def _numbers(case: Case) -> tuple[int, ...]:
     return tuple(k for k in (*places, *aims) if shares[0][k].is_floating_point() and shares[0][k].dim())
 
 
-def _lengths(tape: Tape, k: int) -> Tensor:
-    x = tape.constants[k].double()
+def _lengths(rows: Tensor) -> Tensor:
+    x = rows.double()
     return x.flatten(1).square().mean(1).sqrt() if x.dim() > 1 else x.abs()
 
 
 def cut_off(case: Case) -> Callable[[Tape], Tape]:
     """Changes a step to one whose rows of inputs and targets are no longer than a few median lengths."""
     w = case.once(wires)[0]
-    known = set(case.once(_numbers))
 
-    def shortened(x: Tensor) -> Tensor:
-        length = x.flatten(1).double().square().mean(1).sqrt() if x.dim() > 1 else x.double().abs()
+    def shortened(x: Tensor, _: int) -> Tensor:
+        length = _lengths(x)
         share = (REACH * length.median() / length.clamp_min(1e-30)).clamp_max(1.0)
         return x * share.view(-1, *[1] * (x.dim() - 1)).to(x)
 
-    def change(tape: Tape) -> Tape:
-        if tape.program is not w.program:
-            return tape
-        each = len(tape.constants) // tape.shares
-        fresh = tuple(shortened(c) if k % each in known else c for k, c in enumerate(tape.constants))
-        return replace(tape, constants=fresh, versions=(None,) * len(fresh))
-
-    return change
+    return exchanged(w.program, case.once(_numbers), shortened)
 
 
 def mixed(case: Case) -> Evidence | None:

@@ -57,17 +57,6 @@ def larger_batch(times: int, *, proves: str = "") -> Remedy:
     return Remedy(f"batch × {times}", apply, proves=proves, least=FARTHER)
 
 
-def epsilon(value: float) -> Remedy:
-    """Another ε for an adaptive optimiser."""
-
-    def apply(copy: Fork) -> None:
-        for group in copy.optimizer.param_groups:
-            if "eps" in group:
-                group["eps"] = value
-
-    return Remedy(f"ε {value:g}", apply)
-
-
 def option(name: str, value: float, label: str, *, least: float = LEAST) -> Remedy:
     """Another value for one of the optimiser's options, in all groups that have it."""
     change = setting(name, value)

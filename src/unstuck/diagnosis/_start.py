@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import Evidence
 from unstuck.diagnosis._steering import batches
 from unstuck.diagnosis._structure import Census, census, mean_loss
-from unstuck.diagnosis._wires import wires
+from unstuck.diagnosis._wires import exchanged, wires
 from unstuck.objective import Tape
 
 LARGE, FAR = 10.0, 3.0  # rms of the inputs, and their mean in spreads of a column, from which on they are not scaled
@@ -137,14 +136,7 @@ def standardised(case: Case) -> Callable[[Tape], Tape]:
         mean, std = (v.to(x).view(shape) if x.dim() > 1 else v.to(x) for v in (mean, std.clamp_min(1e-12)))
         return torch.where(std > 1e-9, (x - mean) / std, 0.0).to(x.dtype)
 
-    def change(tape: Tape) -> Tape:
-        if tape.program is not program:
-            return tape
-        each = len(tape.constants) // tape.shares
-        fresh = tuple(scaled(c, k % each) if k % each in known else c for k, c in enumerate(tape.constants))
-        return replace(tape, constants=fresh, versions=(None,) * len(fresh))
-
-    return change
+    return exchanged(program, known, scaled)
 
 
 def input_scale(case: Case) -> Evidence | None:

@@ -1,6 +1,7 @@
 """The causes that lie in the steps: their length, their direction, and what the optimiser makes of a gradient."""
 
 import math
+from collections.abc import Callable
 
 from unstuck.diagnosis import _data as data
 from unstuck.diagnosis import _motion as motion
@@ -101,14 +102,9 @@ def _decayed_away(case: Case) -> str:
     )
 
 
-def _unworn(case: Case) -> State | None:
-    """Where the run stands, or its start where nothing is left of the weights."""
-    return case.start if symptom(case) == BLIND else case.state
-
-
-def _calm(case: Case) -> State | None:
-    """Where the run stands, or its start where it blew up."""
-    return case.start if symptom(case) == DIVERGED else case.state
+def _before(sign: str) -> Callable[[Case], State | None]:
+    """Where the run stands, or its start where a symptom says that nothing is left to go on from."""
+    return lambda case: case.start if symptom(case) == sign else case.state
 
 
 def _swinging(case: Case) -> str:
@@ -234,7 +230,7 @@ GIVEN: tuple[Hypothesis, ...] = (
         _decayed_away,
         "Lower the weight decay; 0.01 to 0.1 is usual where it is decoupled, 1e-4 where it is not.",
         lambda case: [remedies.option("weight_decay", 0.0, "no weight decay", least=remedies.FAR)],
-        origin=_unworn,
+        origin=_before(BLIND),
     ),
     Hypothesis(
         "momentum-too-high",
@@ -243,7 +239,7 @@ GIVEN: tuple[Hypothesis, ...] = (
         _swinging,
         "Use a momentum of 0.9.",
         lambda case: [remedies.less_momentum(0.9)],
-        origin=_calm,
+        origin=_before(DIVERGED),
     ),
 )
 
@@ -309,7 +305,7 @@ STEPS: tuple[Hypothesis, ...] = (
         ),
         _dulled,
         "Leave ε at its default of 1e-8, or at a hundredth of the gradients' root mean square.",
-        lambda case: [remedies.epsilon(1e-8)],
+        lambda case: [remedies.option("eps", 1e-8, "ε 1e-08")],
     ),
     Hypothesis(
         "lr-too-small",

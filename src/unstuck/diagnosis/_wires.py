@@ -1,6 +1,7 @@
 """A recorded program as a net of wires: who makes a value, who uses it, what a loss is given."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -95,6 +96,21 @@ def observed(tape: Tape, weights: Sequence[Tensor], look: Callable[[int, Any, An
     with torch.no_grad():
         tape.replay(weights, observe=lambda _, args, made: found.append(look(len(found), args, made)))
     return found[: len(tape.program.instructions)]
+
+
+def exchanged(
+    program: Program, places: Collection[int], change: Callable[[Tensor, int], Tensor]
+) -> Callable[[Tape], Tape]:
+    """Gives the steps of a program other constants at some places: `change(constant, place)`, rank by rank."""
+
+    def step(tape: Tape) -> Tape:
+        if tape.program is not program:
+            return tape
+        each = len(tape.constants) // tape.shares
+        fresh = tuple(change(c, k % each) if k % each in places else c for k, c in enumerate(tape.constants))
+        return replace(tape, constants=fresh, versions=(None,) * len(fresh))
+
+    return step
 
 
 def shown(code: str, where: str, claim: str, advice: str, *evidence: Evidence) -> Finding:
