@@ -255,3 +255,11 @@ def test_a_weight_of_the_loss_that_shrinks_is_no_corrupted_input(tmp_path):
 
     t.loss = loss
     assert codes(t.run(tmp_path)) == []
+
+
+def test_a_momentum_that_never_ends(tmp_path):
+    t = Task(depth=2)
+    with_momentum(t, 1.0)
+    found = t.run(tmp_path)
+    assert codes(found)[:1] == ["momentum-too-high"]
+    assert "for ever" in found.findings[0].claim

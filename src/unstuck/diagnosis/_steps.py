@@ -109,10 +109,8 @@ def _before(sign: str) -> Callable[[Case], State | None]:
 
 def _swinging(case: Case) -> str:
     beta = value(case, "momentum")
-    return (
-        f"With a momentum of {beta:g} each gradient acts for some {1 / (1 - beta):.0f} steps: the weights swing past "
-        "where the gradient turns."
-    )
+    long = f"for some {1 / (1 - beta):.0f} steps" if beta < 1 else "for ever"
+    return f"With a momentum of {beta:g} each gradient acts {long}: the weights swing past where the gradient turns."
 
 
 def _run_dry(case: Case) -> str:
