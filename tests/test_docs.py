@@ -18,12 +18,13 @@ from torch import nn
 import unstuck
 from unstuck.diagnosis import HYPOTHESES, Diagnosis
 from unstuck.diagnosis._exact import EXACT
+from unstuck.diagnosis._validation import CHECKS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CURVATURE = (ROOT / "docs/curvature.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CODES = {*EXACT, *(h.code for h in HYPOTHESES)}
+CODES = {*EXACT, *CHECKS, *(h.code for h in HYPOTHESES)}
 RIVALS = {h.code for h in HYPOTHESES} & {"noise-floor", "plateau", "poor-minimum"}
 
 

@@ -19,10 +19,12 @@ from unstuck.diagnosis._findings import (
     RuledOut,
     Trial,
 )
+from unstuck.diagnosis._held_out import held_out
 from unstuck.diagnosis._hypotheses import HYPOTHESES, MEASURES
 from unstuck.diagnosis._hypothesis import AMISS, BLIND, DIVERGED, STUCK, Hypothesis, at_chance, symptom
 from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, Remedy, run_trial
+from unstuck.diagnosis._validation import CHECKS, validation_findings
 from unstuck.diagnosis._wiring import WIRING
 from unstuck.record import Run
 
@@ -49,7 +51,7 @@ def diagnose(
 
 def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress | None) -> Diagnosis:
     run = case.run
-    codes = (*EXACT, *(h.code for h in hypotheses))
+    codes = (*EXACT, *(h.code for h in hypotheses), *CHECKS)
     exact = exact_findings(case)
     if run.steps == 0 and not exact:
         return _result(run, [], (), dict.fromkeys(codes, "no optimiser step was recorded"))
@@ -57,14 +59,19 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
     if exact:
         because = f"{exact[0].code} explains it: mend that first"
         checked = [c for c in EXACT if c not in unread]
-        return _result(run, exact, checked, unread | dict.fromkeys((h.code for h in hypotheses), because))
+        return _result(run, exact, checked, unread | dict.fromkeys((c for c in codes if c not in EXACT), because))
     sign = symptom(case)
+    unheard = _unheard(case)
     if sign is None:
-        unseen = unread | _unseen(case, hypotheses)
-        return _result(run, _elsewhere(case), [c for c in codes if c not in unseen], unseen)
+        unseen = unread | _unseen(case, hypotheses) | unheard
+        found = _elsewhere(case) or validation_findings(case)
+        return _result(run, found, [c for c in codes if c not in unseen], unseen)
     if not case.tapes:
         return _without_tapes(case, codes, sign)
     findings, open_questions = _eliminate(case, hypotheses, sign, progress)
+    open_questions |= unheard
+    if not any(f.word in (PROVED, SHOWN) for f in findings):
+        findings += validation_findings(case)
     if not findings and sign in (BLIND, DIVERGED):
         what = _blown_up(case) if sign == DIVERGED else "The outputs do not depend on the inputs"
         findings = [_unknown(case, f"{what}; no known cause survives the measurements.")]
@@ -78,6 +85,15 @@ def _unseen(case: Case, hypotheses: Sequence[Hypothesis]) -> dict[str, str]:
     """The hypotheses that no symptom can lead to here, because whether the loss stands still cannot be told."""
     why = case.reasons.get("trend")
     return {} if why is None else {h.code: why for h in hypotheses if h.symptoms == (STUCK,)}
+
+
+def _unheard(case: Case) -> dict[str, str]:
+    """Why the evaluations of the run were not checked, if they were not."""
+    if case.memory is None:
+        return dict.fromkeys(CHECKS, _why_no_tapes(case))
+    if case.once(held_out):
+        return {}
+    return dict.fromkeys(CHECKS, "no validation was heard")
 
 
 def _eliminate(

@@ -122,6 +122,11 @@ def less_dropout(p: float) -> Remedy:
     return replace(altered(f"dropout {p:g}", at(p), least=FAR), judged=at(0.0))
 
 
+def without_dropout(tape: Tape) -> Tape:
+    """The step with all dropout at 0."""
+    return replace(tape, program=_with_dropout(tape.program, 0.0))
+
+
 def _with_dropout(program: Program, limit: float) -> Program:
     def at_most(p: Any) -> Any:
         return min(p, limit) if type(p) in (int, float) else p

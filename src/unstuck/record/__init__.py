@@ -1,6 +1,7 @@
 """Watches a live run: hooks, pulses, tapes, the log, and the Run that reads it."""
 
 from unstuck.record._block import watch
+from unstuck.record._evaluations import Evaluation
 from unstuck.record._memory import Memory
 from unstuck.record._moments import Stopped, Tick, on_sigterm
 from unstuck.record._objective import of_tapes
@@ -12,6 +13,7 @@ from unstuck.record._watch import Watch
 
 __all__ = [
     "FOLDER",
+    "Evaluation",
     "Memory",
     "Optimizer",
     "Outcome",

@@ -30,7 +30,7 @@ LOSS_TOLERANCE = 1e-6  # relative: a kernel of the replay may differ
 GRADIENT_TOLERANCE = 1e-4  # relative to the norm; in a coarse type its last digit, since a GPU adds in any order
 PLACED = 4  # recordings at the start, and after each new program, that tell where in the script a call is
 REASONS = 16  # different refusals that are told apart
-PIECE = 1 << 22  # numbers of a gradient that are compared at a time
+PIECE = 1 << 20  # numbers of a gradient that are compared at a time
 PROGRAMS = 16  # different programs that are checked
 PATIENCE = 32  # recorded steps that are listened to until a program comes again that could not be checked
 
@@ -57,7 +57,7 @@ class Deck:
         self._changed = ranks() > 1  # whether what steps use is no multiple of what backward() makes
         self._heard: Heard | None = None
         self._awaited = 0  # steps still to be listened to, since a program could not be checked
-        self._dispatch = _dispatch_seconds()
+        self.dispatch = _dispatch_seconds()
 
     @property
     def listening(self) -> bool:
@@ -88,7 +88,7 @@ class Deck:
             self._heard.stop()
             self.seconds += self._heard.seconds
         recorder.modules.leave()
-        self.seconds += recorder.seconds + recorder.calls * self._dispatch
+        self.seconds += recorder.seconds + recorder.calls * self.dispatch
         if self._lifted or remove(recorder):
             return recorder
         self.refuse("an optimiser steps inside backward(), or in another thread")
@@ -124,6 +124,21 @@ class Deck:
         try:
             yield
         finally:
+            self._lifted = False
+            if self._recorder is recorder:
+                insert(recorder)
+
+    def lend(self) -> Recorder | None:
+        """The recorder, if it is on, for another mode to hand it each call, until `take_back`."""
+        recorder = self._recorder
+        if self._lifted or recorder is None or not remove(recorder):
+            return None
+        self._lifted = True
+        return recorder
+
+    def take_back(self, recorder: Recorder | None) -> None:
+        """Has a lent recorder see the calls by itself again."""
+        if recorder is not None:
             self._lifted = False
             if self._recorder is recorder:
                 insert(recorder)

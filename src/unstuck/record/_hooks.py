@@ -91,6 +91,10 @@ class Hooks:
         """Listens no more."""
         self._failed = True
 
+    def deaf(self) -> bool:
+        """Whether nothing is listened to now."""
+        return self.paused or self._failed or (_CUDA and _capturing())
+
     def _backward(self) -> Callable[[], None]:
         original, note, listener = torch.autograd.backward, self.order.append, self._listener
 
@@ -165,7 +169,7 @@ class Hooks:
         def run(given: Any, *_: Any) -> None:
             if _is_traced():  # a script that compiles its whole step is not to compile ours
                 unseen(given)
-            elif not (self.paused or self._failed or (_CUDA and _capturing())):
+            elif not (self.paused or self._failed or (_CUDA and _capturing())):  # as `deaf`, without a call
                 began = perf_counter()
                 try:
                     hook(given)

@@ -9,6 +9,7 @@ import torch
 
 from unstuck.objective import Program, Tape, TapeError, joined, on_cpu, unpack
 from unstuck.record._devices import read
+from unstuck.record._evaluations import Evaluation, unpack_evaluations
 from unstuck.record._state import State, shelf, shelved, unpack_state
 
 MOST = 8  # ranks that one process replays
@@ -23,6 +24,7 @@ class Memory:
     tapes: tuple[Tape, ...]  # oldest first
     states: tuple[State, ...]  # the first, the latest finite ones and the last, by step
     left_out: str = ""  # why steps of another device cannot be replayed on this machine
+    evaluations: tuple[Evaluation, ...] = ()  # what the script evaluated without gradients, on this rank
     apart: str = ""  # why these are the tapes of one rank, with its share of the batch, where several trained together
 
 
@@ -36,8 +38,10 @@ def read_memory(tapes: Path, rank: int | None) -> Memory | None:
         states = [*(unpack_state(s, moved=moved) for s in data["states"]), *shelved(on_disk, moved=moved)]
         known = {s.step: s for s in reversed(states) if len(s.weights) == len(data["names"])}
         kept, left_out = on_cpu(unpack(data)) if moved else (unpack(data), "")
-        return Memory(tuple(data["names"]), tuple(kept), tuple(known[step] for step in sorted(known)), left_out)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError, TapeError):
+        states = [known[step] for step in sorted(known)]
+        heard = unpack_evaluations(data.get("evaluations", ()))  # which the first versions did not have
+        return Memory(tuple(data["names"]), tuple(kept), tuple(states), left_out, heard)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError, TypeError, TapeError):
         return None  # damaged, or of another version: the log still stands
 
 

@@ -10,6 +10,7 @@ import torch
 
 from unstuck.objective import Tape, TapeError, pack
 from unstuck.record._deck import Deck
+from unstuck.record._evaluations import Evaluations, pack_evaluations
 from unstuck.record._governor import PART, Clock
 from unstuck.record._models import Leaves
 from unstuck.record._ranks import ranked
@@ -26,10 +27,13 @@ class Store:
     Errors of the disk pass: OSError, RuntimeError.
     """
 
-    def __init__(self, folder: Path, rank: int | None, leaves: Leaves, deck: Deck, budget: float) -> None:
+    def __init__(
+        self, folder: Path, rank: int | None, leaves: Leaves, deck: Deck, heard: Evaluations, budget: float
+    ) -> None:
         self._path = folder / ranked(TAPES, rank)
         self._leaves = leaves
         self._deck = deck
+        self._heard = heard
         self._clock = Clock(2 * PART * budget, SNAPSHOT_EVERY)
         self._first: list[State] = []  # unless it is large
         self._recent: deque[State] = deque(maxlen=2)
@@ -83,6 +87,7 @@ class Store:
         data["names"] = self._leaves.names
         data["states"] = [pack_state(s) for s in states if len(s.weights) == len(self._leaves.tensors)]
         data["rescaled"] = self._deck.rescaled
+        data["evaluations"] = pack_evaluations(self._heard.kept)
         return data
 
     def _packable(self) -> list[Tape]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from unstuck.objective import Recorder, Tape, caller
 from unstuck.record._deck import KEPT, Deck, anything_compiled
 from unstuck.record._devices import wait
+from unstuck.record._evaluations import Evaluations
 from unstuck.record._facts import StaleGradients
 from unstuck.record._governor import Alarm, Allowance
 from unstuck.record._hooks import Hooks
@@ -60,7 +61,8 @@ class Watch:
         self._hooks = Hooks(self)
         self._leaves = Leaves(models)
         self._deck = Deck(self._leaves.tensors, self._leaves.modules)
-        self._store = Store(self.folder, self.rank, self._leaves, self._deck, budget)
+        self._evaluations = Evaluations(self._leaves.tensors, self._deck, self._hooks.deaf, budget)
+        self._store = Store(self.folder, self.rank, self._leaves, self._deck, self._evaluations, budget)
         self._loop = Loop(self._hooks, self._leaves, self._store, self._counted)
         self._stepped: dict[int, Stepped] = {}  # the optimisers, by identity
         self._outer: torch.optim.Optimizer | None = None  # whose step is being taken
@@ -106,6 +108,7 @@ class Watch:
             ranks=ranks(),
         )
         self._hooks.put()
+        self._evaluations.put()
         if not (self._leaves.models or anything_compiled()):  # which would have to compile again
             self._leaves.look_out()
         for optimizer in optimizers:
@@ -116,20 +119,15 @@ class Watch:
     def stop(self, outcome: str) -> None:
         """Removes everything that `start` put in place and writes what is left to write."""
         self._hooks.remove()
+        self._evaluations.remove()
         self._leaves.found()
         self._deck.close()
         if os.getpid() != self._process:
             return  # a fork of the script that came this far: the run is its parent's
         self.flush()
         self.save()
-        end = {
-            "time": self._elapsed(),
-            "overhead": self.overhead,
-            "heard": self.heard,
-            "looked": self.looked,
-            "skipped": self._skipped,
-            "refusals": self._deck.refusals,
-        }
+        counts = {"heard": self.heard, "looked": self.looked, "skipped": self._skipped}
+        end = {"time": self._elapsed(), "overhead": self.overhead, **counts, "refusals": self._deck.refusals}
         self._log.write("end", outcome=outcome, **end)
         self._log.close()
 
@@ -143,6 +141,8 @@ class Watch:
             self._store.write(self.steps, self._only())
         except Exception as error:  # whatever it is, the training goes on
             self._fact("not-saved", because=str(error))
+            if self._log.failed:
+                return  # which has been told
             warn(f"the recorded steps could not be saved: {error}; the diagnosis rests on the log alone")
 
     def flush(self) -> None:
@@ -157,7 +157,7 @@ class Watch:
         order = tuple(self._hooks.order)
         began = time.perf_counter()
         try:
-            with self._deck.aside():
+            with self.aside():
                 yield
         finally:
             self._hooks.order.clear()
@@ -165,9 +165,11 @@ class Watch:
             self._hooks.paused = was
             self._began += 0.0 if was else time.perf_counter() - began  # a pause within a pause counts once
 
-    def aside(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
         """What runs inside is not recorded: torch asks there whether somebody listens, and then computes otherwise."""
-        return self._deck.aside()
+        with self._deck.aside(), self._evaluations.aside():
+            yield
 
     def optimizer_made(self, optimizer: torch.optim.Optimizer) -> None:
         if not (self.steps or sharded(optimizer)):
@@ -175,6 +177,7 @@ class Watch:
 
     def compiling(self) -> None:
         self._deck.silence()
+        self._evaluations.remove()
         self._leaves.found()
 
     def scaled(self, loss: Any, result: Any) -> None:
@@ -236,6 +239,7 @@ class Watch:
         self._record = {"lr": number(self._rate)}
         if self._loss is not None:
             self._record |= {"backwards": self._backwards, "loss": self._loss}
+        self._evaluations.interrupt()
         recorder = self._deck.silence()
         stepped = self._meet(optimizer)
         stale = self._stale.used_by(optimizer)
@@ -277,6 +281,7 @@ class Watch:
             self._journal.note(self.steps, elapsed, stepped.number, self._rate, loss, self._backwards)
             stepped.passed()
         self._loop.last = stepped
+        self._evaluations.now = self.steps, elapsed
         self._hooks.order.clear()
         if stepped.closely or self._deck.listening:
             self._stale.note_step(optimizer)
@@ -431,7 +436,8 @@ class Watch:
         return self._stale.looked
 
     def _spent(self) -> float:
-        return self._hooks.seconds + self._deck.seconds - self._waited - self._journal.waited
+        ours = self._hooks.seconds + self._deck.seconds + self._evaluations.seconds
+        return ours - self._waited - self._journal.waited
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._began

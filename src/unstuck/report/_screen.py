@@ -21,6 +21,7 @@ from unstuck.report import _words as words
 BADGE = {PROVED: "bold reverse red", SHOWN: "bold reverse blue", SUSPECT: "bold magenta", CANNOT_TELL: "bold dim"}
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _NAME = 26  # columns for a name
+LISTED = 5  # causes, up to which all of them are named
 WIDEST = 104  # longer lines are hard to read
 
 
@@ -125,8 +126,13 @@ def _trial(trial: Trial) -> Table:
 
 
 def _not_checked(diagnosis: Diagnosis) -> RenderableType:
-    listed = "; ".join(f"{', '.join(codes)} ({because})" for codes, because in words.not_checked(diagnosis))
+    listed = "; ".join(f"{_some(codes)} ({because})" for codes, because in words.not_checked(diagnosis))
     return Padding(Text(f"Not checked: {words.printable(listed)}.", "dim", overflow="fold"), (1, 0, 0, 1))
+
+
+def _some(codes: Sequence[str]) -> str:
+    """The first few of many: the report and the JSON have them all."""
+    return ", ".join(codes) if len(codes) <= LISTED else f"{', '.join(codes[:3])} and {len(codes) - 3} more"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,204 @@
+"""Whether the rows that a script evaluates tell the truth."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unstuck.diagnosis._case import Case
+from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
+from unstuck.diagnosis._generalises import class_imbalance, label_noise, overfitting, same_batch
+from unstuck.diagnosis._held_out import (
+    CERTAIN,
+    FEW,
+    Answers,
+    HeldOut,
+    apart,
+    asked,
+    certain,
+    few_batches,
+    held_out,
+    rows_trained_on,
+    trained_on,
+    within,
+)
+from unstuck.objective import TapeError
+
+SHIFT, RATIO = 0.3, 1.4  # of the inputs, in spreads of those trained on, and of the two spreads
+LOWER = 0.8  # times the loss, with the inputs brought to the scale that is trained on
+MOVED = 0.6  # of the rows of a class that are called by another's name
+LEAKED = 0.05  # of the rows: fewer are met by chance, as of blank lines, and change a score little
+EASIER = 1.5  # times the loss of the known rows that the others have
+
+
+def validation_findings(case: Case) -> list[Finding]:
+    """The first error that the evaluations of a run show."""
+    for check in CHECKS.values():
+        for rows in case.once(held_out):
+            try:
+                found = check(case, rows)
+            except (TapeError, torch.OutOfMemoryError):
+                continue
+            if found is not None:
+                return [found]
+    return []
+
+
+def train_while_validating(case: Case, rows: HeldOut) -> Finding | None:
+    """Dropout that is on, or batch norm that uses the statistics of the rows at hand, while rows are evaluated."""
+    first = next((e for e, _ in rows.series if e.training and e.drawn), None)
+    if first is None or not rows.latest.training or not rows.latest.drawn:
+        return None
+    drawn, answers = rows.latest.drawn, rows.answers
+    evidence = []
+    if "dropout" in drawn and rows.inputs is not None:
+        quiet = _asked(case, rows, rows.inputs)
+        if quiet is None:
+            return None
+        gain = rows.losses - quiet
+        if "batch norm" not in drawn and certain(gain) < 2:  # that dropout is on is certain anyway
+            return None
+        evidence.append(
+            _paired("cost of the training mode", gain / quiet.mean(), "of the loss of these rows without dropout")
+        )
+    return Finding(
+        "train-while-validating",
+        SHOWN,
+        first.step,
+        rows.place,
+        f"The model is in training mode while {len(rows.losses)} rows are evaluated: its {' and '.join(drawn)} behaves "
+        "as in training, so the score is not that of the model that will be used.",
+        "Call model.eval() before the validation, and model.train() again before the training goes on.",
+        (Evidence.exact("rows evaluated in training mode", len(answers.outputs), "at the last look"), *evidence),
+    )
+
+
+def preprocessing_mismatch(case: Case, rows: HeldOut) -> Finding | None:
+    """Held-out inputs on another scale than those trained on; brought to it, the network answers better."""
+    seen = case.once(rows_trained_on)
+    if rows.inputs is None or seen is None or not seen.is_floating_point():
+        return None
+    mean, spread = float(seen.double().mean()), float(seen.double().std())
+    there, width = float(rows.inputs.double().mean()), float(rows.inputs.double().std())
+    if not (spread and width):
+        return None
+    shift, ratio = abs(there - mean) / spread, width / spread
+    if shift < SHIFT and max(ratio, 1 / ratio) < RATIO:
+        return None
+    mended = _asked(case, rows, (rows.inputs - there) / width * spread + mean)
+    if mended is None or certain(rows.losses - mended) < CERTAIN or mended.mean() > LOWER * rows.losses.mean():
+        return None
+    return Finding(
+        "preprocessing-mismatch",
+        SHOWN,
+        rows.series[0][0].step,
+        rows.place,
+        f"The inputs that are evaluated lie elsewhere than those trained on (mean {there:.3g} and spread {width:.3g}, "
+        f"not {mean:.3g} and {spread:.3g}); on the same scale their loss is {float(mended.mean()):.3g} instead of "
+        f"{float(rows.losses.mean()):.3g}.",
+        "Prepare held-out and training inputs by the same function, with the mean and the spread of the training set.",
+        (
+            Evidence.exact("shift of the inputs", shift, "in spreads of those trained on", n=len(rows.inputs)),
+            Evidence.exact("ratio of the spreads", ratio, "evaluated over trained on", n=len(rows.inputs)),
+            _paired("loss on the same scale", mended / rows.losses.mean(), "over the loss as it is"),
+        ),
+    )
+
+
+def label_map_wrong(case: Case, rows: HeldOut) -> Finding | None:
+    """Classes that go by other numbers than in the training: each is called by one wrong name, nearly always."""
+    trained = case.once(trained_on)
+    if trained is None or trained.kind not in ("classes", "odds") or trained.kind != rows.answers.kind:
+        return None
+    there, here = rows.answers.confusion, trained.confusion
+    if there.shape != here.shape:
+        return None
+    counts = there.sum(1)
+    share, shares = there / counts[:, None].clamp_min(1), here / here.sum(1, keepdim=True).clamp_min(1)
+    moved = {
+        k: int(share[k].argmax())
+        for k in range(len(share))
+        if counts[k] >= FEW and float(share[k].max()) > MOVED and int(share[k].argmax()) != k
+    }
+    names = set(moved.values())
+    if len(names) < len(moved) or len(names & moved.keys()) < max(2, len(moved) / 2):
+        return None  # several are called by one name, or by one that is rightly another's
+    if any(float(shares[k, k]) < MOVED for k in names):
+        return None  # the training itself gets them wrong
+    raw = float(there.diagonal().sum() / there.sum())
+    mended = float(sum(there[k, moved.get(k, k)] for k in range(len(there))) / there.sum())
+    told = ", ".join(f"{k} is called {v}" for k, v in list(moved.items())[:3]) + (" …" if len(moved) > 3 else "")
+    return Finding(
+        "label-map-wrong",
+        SHOWN,
+        rows.series[0][0].step,
+        rows.place,
+        f"The classes of the rows that are evaluated go by other numbers than in the training: {told}. "
+        f"With the names exchanged {mended:.0%} of the answers are right, as it is {raw:.0%}.",
+        "Number the classes once, from the training set, and use that map for both sets; print it from both loaders.",
+        (
+            Evidence.exact("right answers", raw, "share, as the classes are numbered", n=int(there.sum())),
+            Evidence.exact("right with the names exchanged", mended, "share", n=int(there.sum())),
+            Evidence.exact(
+                "right in the training",
+                float(here.diagonal().sum() / here.sum()),
+                "share of the recorded rows",
+                n=int(here.sum()),
+            ),
+        ),
+    )
+
+
+def leakage(case: Case, rows: HeldOut) -> Finding | None:
+    """Rows that are trained on as well, and answered better than the others beside them."""
+    if rows.known is None or (case.once(few_batches) and within(case, rows)):
+        return None
+    known, others = rows.losses[rows.known], rows.losses[~rows.known]
+    if min(len(known), len(others)) < FEW or len(known) < LEAKED * len(rows.losses) or apart(others, known) < CERTAIN:
+        return None
+    if others.mean() < EASIER * known.mean():
+        return None
+    share = len(known) / len(rows.losses)
+    return Finding(
+        "leakage",
+        SHOWN,
+        rows.series[0][0].step,
+        rows.place,
+        f"At least {share:.0%} of the {len(rows.losses)} rows that are evaluated are trained on as well, number for "
+        f"number; their loss is {float(known.mean()):.3g}, that of the others {float(others.mean()):.3g}: the score is "
+        "better than on new rows.",
+        "Split before anything is copied or augmented, by what belongs together (a patient, a document, a day); drop "
+        "duplicates first.",
+        (
+            Evidence.exact("rows trained on", share, "of those evaluated, at the least", n=len(rows.losses)),
+            Evidence.exact(
+                "loss of the others", float(others.mean() / known.mean()), "over that of these", n=len(others)
+            ),
+        ),
+    )
+
+
+CHECKS: dict[str, Callable[[Case, HeldOut], Finding | None]] = {
+    "train-while-validating": train_while_validating,
+    "preprocessing-mismatch": preprocessing_mismatch,
+    "label-map-wrong": label_map_wrong,
+    "same-batch": same_batch,
+    "leakage": leakage,
+    "class-imbalance": class_imbalance,
+    "label-noise": label_noise,
+    "overfitting": overfitting,
+}
+
+
+def _asked(case: Case, rows: HeldOut, inputs: Tensor) -> Tensor | None:
+    """The losses, row by row, of other inputs in the place of those that were evaluated."""
+    outputs = asked(case, inputs)
+    if outputs is None or outputs.numel() != rows.answers.outputs.numel():
+        return None
+    outputs = outputs.reshape(rows.answers.outputs.shape)
+    return Answers(rows.answers.kind, outputs, rows.answers.targets).by_rows(len(inputs))
+
+
+def _paired(name: str, values: Tensor, meaning: str) -> Evidence:
+    mean, error = float(values.mean()), 2 * float(values.std()) / max(len(values), 1) ** 0.5
+    return Evidence(name, mean, mean - error, mean + error, len(values), meaning)

@@ -1,0 +1,128 @@
+"""What held-out rows show: each error of a validation is named where it was made, and nothing where there is none."""
+
+import pytest
+import torch
+from runs import blobs, codes, verdict
+from torch import nn
+from torch.nn import functional as F
+
+from unstuck.diagnosis import SHOWN
+
+
+class Task:
+    """Noisy blobs, of which some rows are held out and evaluated after each epoch."""
+
+    def __init__(self, *, width=32, drop=0.0, rows=600, noise=3.0, size=32, norm=False):
+        torch.manual_seed(0)
+        x, y = blobs(rows + 400, noise=noise)
+        x = x / x.std()
+        self.x, self.y = x[:rows], y[:rows]
+        self.held, self.aims = x[rows:], y[rows:]
+        layers = [nn.Linear(8, width), *([nn.BatchNorm1d(width)] if norm else []), nn.ReLU(), nn.Dropout(drop)]
+        self.model = nn.Sequential(*layers, nn.Linear(width, 4))
+        self.size, self.epochs, self.lr = size, 12, 0.1
+        self.evaluate = True  # in eval mode
+        self.kind = torch.optim.SGD
+
+    def run(self, folder):
+        return verdict(folder, self.loop)
+
+    def loop(self):
+        optimizer = self.kind(self.model.parameters(), lr=self.lr)
+        for _ in range(self.epochs):
+            self.model.train()
+            for rows in torch.randperm(len(self.x)).split(self.size):
+                optimizer.zero_grad()
+                F.cross_entropy(self.model(self.x[rows]), self.y[rows]).backward()
+                optimizer.step()
+            if self.evaluate:
+                self.model.eval()
+            with torch.no_grad():
+                (self.model(self.held).argmax(1) == self.aims).float().mean().item()
+
+
+def in_training_mode():
+    t = Task(drop=0.5)
+    t.evaluate = False
+    return t
+
+
+def with_batch_norm_on():
+    t = Task(norm=True)
+    t.evaluate = False
+    return t
+
+
+def on_another_scale():
+    t = Task()
+    t.held = t.held * 4 + 3
+    return t
+
+
+def by_another_map():
+    t = Task(noise=1.0)
+    t.aims = (t.aims + 1) % 4
+    return t
+
+
+def two_names_exchanged():
+    t = Task(noise=1.0)
+    t.aims = torch.where(t.aims == 0, 2, torch.where(t.aims == 2, 0, t.aims))
+    return t
+
+
+def leaking():
+    t = by_heart()
+    t.x, t.y = torch.cat([t.x, t.held[:200]]), torch.cat([t.y, t.aims[:200]])
+    t.epochs = 150
+    return t
+
+
+def by_heart():
+    t = Task(rows=80, width=128)
+    t.kind, t.lr, t.epochs = torch.optim.Adam, 1e-2, 120
+    return t
+
+
+FAULTS = {
+    "train-while-validating": (in_training_mode, with_batch_norm_on),
+    "preprocessing-mismatch": (on_another_scale,),
+    "label-map-wrong": (by_another_map, two_names_exchanged),
+    "leakage": (leaking,),
+    "overfitting": (by_heart,),
+}
+
+
+@pytest.mark.parametrize(("code", "make"), [(code, m) for code, makes in FAULTS.items() for m in makes])
+def test_it_is_shown_where_it_is_made(tmp_path, code, make):
+    found = make().run(tmp_path / "run")
+    assert codes(found) == [code]
+    assert found.findings[0].word == SHOWN
+    assert found.findings[0].where.startswith(__file__)
+
+
+def test_a_validation_without_an_error_is_silent(tmp_path):
+    for k, make in enumerate((Task, lambda: Task(drop=0.5), lambda: Task(norm=True), lambda: Task(noise=1.0))):
+        found = make().run(tmp_path / str(k))
+        assert not found.findings
+        assert "overfitting" in found.checked
+
+
+def test_classes_that_the_training_itself_mixes_up_are_no_other_map(tmp_path):
+    t = Task(noise=1.0)
+    t.y, t.aims = ((y + 1) % 4 for y in (t.y, t.aims))  # the same map for both is none
+    assert codes(t.run(tmp_path / "run")) == []
+
+
+def test_training_rows_that_are_evaluated_are_no_leak(tmp_path):
+    t = by_heart()
+    t.held, t.aims = t.x, t.y
+    assert "leakage" not in codes(t.run(tmp_path / "run"))
+
+
+def test_without_a_validation_its_causes_are_not_checked(tmp_path):
+    t = Task()
+    t.held = t.held[:0]
+    t.aims = t.aims[:0]
+    found = t.run(tmp_path / "run")
+    assert set(FAULTS) <= set(found.not_checked)
