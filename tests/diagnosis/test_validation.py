@@ -120,6 +120,28 @@ def test_training_rows_that_are_evaluated_are_no_leak(tmp_path):
     assert "leakage" not in codes(t.run(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("shares", [(1.0,), (0.4,)])
+def test_one_look_at_both_sets_is_no_leak(tmp_path, shares):
+    """Even where but a part of the rows trained on is known."""
+    t = by_heart()
+    t.epochs = 60
+    x, y = t.x, t.y
+    t.x, t.y = (part[: int(shares[0] * len(x))] for part in (x, y))
+
+    def loop():
+        optimizer = t.kind(t.model.parameters(), lr=t.lr)
+        for _ in range(t.epochs):
+            for rows in torch.randperm(len(t.x)).split(t.size):
+                optimizer.zero_grad()
+                F.cross_entropy(t.model(t.x[rows]), t.y[rows]).backward()
+                optimizer.step()
+            with torch.no_grad():
+                F.cross_entropy(t.model(x), y).item()
+                F.cross_entropy(t.model(t.held), t.aims).item()
+
+    assert "leakage" not in codes(verdict(tmp_path, loop))
+
+
 def test_without_a_validation_its_causes_are_not_checked(tmp_path):
     t = Task()
     t.held = t.held[:0]

@@ -8,6 +8,7 @@ from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
 from unstuck.diagnosis._loop import (
     OFTEN,
+    fp16_underflow,
     scaler_skips,
     stepped_twice,
     update_below_precision,
@@ -143,6 +144,10 @@ TOLD: dict[str, Check] = {  # causes before what they lead to
     "graph-cut": graph_cut,
     "weights-reset": weights_reset,
 }
-READ: dict[str, Check] = {"scaler-skips": scaler_skips, "update-below-precision": update_below_precision}
+READ: dict[str, Check] = {
+    "scaler-skips": scaler_skips,
+    "fp16-underflow": fp16_underflow,
+    "update-below-precision": update_below_precision,
+}
 FACTS = (*TOLD, *READ)  # which need no step that can be replayed
 EXACT = (*FACTS, *WIRING)

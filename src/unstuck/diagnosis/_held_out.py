@@ -45,6 +45,10 @@ class Answers:
             each = (o.flatten() - y.double().flatten()).square()
         return each.view(len(o), -1).mean(1)
 
+    def of(self, rows: Tensor) -> "Answers":
+        """Those of some rows."""
+        return Answers(self.kind, self.outputs[rows], self.targets[rows])
+
     @cached_property
     def loss(self) -> float:
         return float(self.losses.mean())
@@ -79,6 +83,7 @@ class HeldOut:
     series: tuple[tuple[Evaluation, Answers], ...]  # by step
     inputs: Tensor | None  # of the latest; None where it is not known which of its tensors they are
     known: Tensor | None  # whether the recorded steps train on the row as well
+    parts: Tensor  # which comparison the row comes from
     fixed: bool  # whether the same targets come each time
 
     @property
@@ -117,11 +122,30 @@ def _set_of(case: Case, evaluations: Sequence[Evaluation]) -> HeldOut | None:
     fixed = len({e.step for e, _ in pairs}) > 1 and varied and first.shape == last.shape and torch.equal(first, last)
     if any(e.training for e, _ in pairs) and not fixed:
         return None  # as a policy is asked about the rows that it will be trained on
-    inputs = _inputs(case, pairs[-1][0], len(pairs[-1][1].outputs))
+    latest = pairs[-1][0]
+    inputs = _inputs(case, latest, len(pairs[-1][1].outputs))
     known = None if inputs is None else _known(case, inputs)
-    if known is not None and float(known.double().mean()) >= ALL:
+    if inputs is None or known is None:
+        return HeldOut(tuple(pairs), inputs, known, _parts(latest.sizes), fixed)
+    if len(inputs) != sum(latest.sizes):  # of rows with several places each
+        whole = torch.zeros(len(inputs), dtype=torch.long)
+        return None if _all(known) else HeldOut(tuple(pairs), inputs, known, whole, fixed)
+    parts = _parts(latest.sizes)
+    trained = [k for k in range(len(latest.sizes)) if _all(known[parts == k])]
+    kept = ~torch.isin(parts, torch.tensor(trained, dtype=torch.long))
+    if not bool(kept.any()):
         return None
-    return HeldOut(tuple(pairs), inputs, known, fixed)
+    if trained:  # one look at both sets, say: the rows trained on are left out
+        pairs = [(e, a.of(kept)) for e, a in pairs if e.sizes == latest.sizes]
+    return HeldOut(tuple(pairs), inputs[kept], known[kept], parts[kept], fixed)
+
+
+def _parts(sizes: Sequence[int]) -> Tensor:
+    return torch.repeat_interleave(torch.tensor(sizes))
+
+
+def _all(known: Tensor) -> bool:
+    return float(known.double().mean()) >= ALL
 
 
 def answers_of(e: Evaluation) -> Answers | None:

@@ -1,15 +1,22 @@
 """Errors in the loop: the order of its calls, who writes into the weights, and updates that change nothing."""
 
 import statistics
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
+from unstuck.objective import Instruction, Program, Tape, TapeError
 
 OFTEN = 0.9  # the share of the steps at which a fact must hold before it is the run's habit
 LEAST = 3  # times that it was seen
 TWICE = 0.3  # of the steps looked at: of two steps with one gradient, one repeats the other
 SKIPS, SKIPPED = 32, 0.2  # steps that a scaler left out: more than a first scale needs, and their share of all
+LOST = 0.2  # of the gradient's numbers
 KEPT = 0.5  # of the numbers of coarse weights, that most updates leave as they were
 
 
@@ -121,6 +128,51 @@ def update_below_precision(case: Case) -> Finding | None:
             ),
         ),
     )
+
+
+def fp16_underflow(case: Case) -> Finding | None:
+    fact = _last(case, "gradient-lost")
+    share, steps = (fact["share"], fact["count"]) if fact is not None else (case.once(lost_in_half), len(case.fixed))
+    if share < LOST:
+        return None
+    return Finding(
+        "fp16-underflow",
+        SHOWN,
+        next((e["step"] for e in case.run.facts if e["code"] == "gradient-lost"), 1),
+        "",
+        f"Gradients are lost in half precision: {share:.0%} of their numbers are 0, though in float32 they are not. "
+        "float16 has nothing between 0 and 6e-8.",
+        "Scale the loss with torch.amp.GradScaler, or compute in bfloat16, which reaches as far down as float32.",
+        (Evidence.exact("gradient lost", share, "share of its numbers, 0 in float16 alone", n=steps),),
+    )
+
+
+def lost_in_half(case: Case) -> float:
+    """The share of the gradient's numbers that are 0 only because a recorded step computed in float16."""
+    tape = next((t for t in reversed(case.fixed) if any(map(_in_half, t.program.instructions))), None)
+    if tape is None or case.state is None:
+        return 0.0
+    plain = tuple(replace(c, autocast=None) for c in tape.program.instructions)
+    try:
+        half, full = (_gradient(t, case.state.weights) for t in (tape, replace(tape, program=_with(tape, plain))))
+    except (RuntimeError, TapeError):
+        return 0.0
+    return float(((full != 0) & (half == 0)).sum()) / max(int((full != 0).sum()), 1)
+
+
+def _in_half(call: Instruction) -> bool:
+    return call.autocast is not None and call.autocast[1] == torch.float16
+
+
+def _with(tape: Tape, instructions: tuple[Instruction, ...]) -> Program:
+    return replace(tape.program, instructions=instructions)
+
+
+def _gradient(tape: Tape, weights: Sequence[Tensor]) -> Tensor:
+    leaves = [w.detach().requires_grad_(w.is_floating_point()) for w in weights]
+    used = [leaves[k] for k in sorted(tape.program.reads()) if leaves[k].requires_grad]
+    found = torch.autograd.grad(tape.replay(leaves), used, allow_unused=True, materialize_grads=True)
+    return torch.cat([g.flatten().double() for g in found])
 
 
 def _last(case: Case, code: str) -> dict[str, Any] | None:

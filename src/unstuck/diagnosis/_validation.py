@@ -153,7 +153,9 @@ def leakage(case: Case, rows: HeldOut) -> Finding | None:
     """Rows that are trained on as well, and answered better than the others beside them."""
     if rows.known is None or (case.once(few_batches) and within(case, rows)):
         return None
-    known, others = rows.losses[rows.known], rows.losses[~rows.known]
+    mixed = [k for k in rows.parts.unique().tolist() if len(rows.known[rows.parts == k].unique()) == 2]
+    there = torch.isin(rows.parts, torch.tensor(mixed, dtype=torch.long))  # else they may be several sets of rows
+    known, others = rows.losses[there & rows.known], rows.losses[there & ~rows.known]
     if min(len(known), len(others)) < FEW or len(known) < LEAKED * len(rows.losses) or apart(others, known) < CERTAIN:
         return None
     if others.mean() < EASIER * known.mean():

@@ -30,6 +30,7 @@ LOSS_TOLERANCE = 1e-6  # relative: a kernel of the replay may differ
 GRADIENT_TOLERANCE = 1e-4  # relative to the norm; in a coarse type its last digit, since a GPU adds in any order
 PLACED = 4  # recordings at the start, and after each new program, that tell where in the script a call is
 REASONS = 16  # different refusals that are told apart
+TINY = 2.0**-24  # the smallest number of float16
 PIECE = 1 << 20  # numbers of a gradient that are compared at a time
 PROGRAMS = 16  # different programs that are checked
 PATIENCE = 32  # recorded steps that are listened to until a program comes again that could not be checked
@@ -42,6 +43,9 @@ class Deck:
         self.tapes: deque[Tape] = deque(maxlen=KEPT)
         self.refusals: dict[str, int] = {}
         self.seconds = 0.0
+        self.lost = (
+            0.0  # share of the last refused gradient that was 0 where its replay is tiny: half precision ends there
+        )
         self.rescaled = 1.0  # of the gradient between backward and step, as last seen: clipping; NaN for another change
         self._leaves = leaves
         self._looked_at = 0  # leaves, for `sharded`
@@ -157,6 +161,7 @@ class Deck:
 
     def compiled(self, recorder: Recorder, step: int) -> Tape | None:
         """The tape of the step, or None where it is refused."""
+        self.lost = 0.0
         try:
             return recorder.finish(self._vault, step=step, like=self._programs)
         except TapeError as error:
@@ -232,6 +237,8 @@ class Deck:
         """Whether the replayed gradient is the one that was heard; else whether what the step uses is a multiple."""
         if heard is None:
             scale = _scale(used, found, tolerance)
+            if scale == 0:
+                self.lost = _lost(used, found)
             if scale is None:
                 self._changed, self._awaited = True, PATIENCE
                 self.refuse("a step of a new kind used a gradient that was averaged or changed: its like is waited for")
@@ -240,6 +247,7 @@ class Deck:
             made = {k: heard.gradients.get(k, torch.zeros_like(g)) for k, g in found.items()}
             differs = _scale(made, found, tolerance)
             if differs is None or abs(differs - 1) > tolerance:
+                self.lost = _lost(made, found)
                 self.refuse("the replayed gradient differs from the one that backward() made")
                 return False
             scale = _scale(used, heard.stored, tolerance)
@@ -259,6 +267,18 @@ def _scale(had: Mapping[int, Tensor], found: Mapping[int, Tensor], tolerance: fl
     scale = product / length if length else 0.0
     # in float64 this difference of sums resolves 1e-8 of the norm
     return None if size - scale * product > tolerance**2 * size else scale
+
+
+def _lost(made: Mapping[int, Tensor], found: Mapping[int, Tensor]) -> float:
+    """The share of a replayed gradient's numbers that are 0 in the real one; 0 where any such number is not tiny."""
+    gone, there = 0, 0
+    for k, g in found.items():
+        if not g.is_sparse:
+            missing = (made[k] == 0) & (g != 0)
+            if bool((g[missing].abs() > TINY).any()):
+                return 0.0
+            gone, there = gone + int(missing.sum()), there + int((g != 0).sum())
+    return gone / max(there, 1)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:

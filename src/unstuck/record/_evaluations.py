@@ -51,6 +51,7 @@ class Evaluation:
     outputs: Tensor  # rows first
     targets: Tensor
     squashed: str
+    sizes: list[int]  # of the comparisons that the rows come from
 
     @property
     def nbytes(self) -> int:
@@ -222,6 +223,7 @@ class Evaluations:
                 outputs=outputs,
                 targets=targets,
                 squashed=ear.squashed,
+                sizes=[len(o) for o, _ in ear.compared[kind]],
             )
         )
         return True

@@ -141,9 +141,8 @@ class Watch:
             self._store.write(self.steps, self._only())
         except Exception as error:  # whatever it is, the training goes on
             self._fact("not-saved", because=str(error))
-            if self._log.failed:
-                return  # which has been told
-            warn(f"the recorded steps could not be saved: {error}; the diagnosis rests on the log alone")
+            if not self._log.failed:  # which has been told
+                warn(f"the recorded steps could not be saved: {error}; the diagnosis rests on the log alone")
 
     def flush(self) -> None:
         """Has the log show the run as it stands."""
@@ -339,6 +338,8 @@ class Watch:
         self._refused = 0 if tape is not None else self._refused + 1
         if tape is not None and not self._deck.check(tape, moved(optimizer) if fit else ()):
             tape = None
+        if self._deck.lost:
+            self._counted("gradient-lost", of=self.heard, share=self._deck.lost)
         if tape is not None:
             self._deck.keep(tape)
             known = self._leaves.models, self._store.states, self._leaves.tensors
