@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -171,7 +172,7 @@ def test_two_processes_tell_what_one_tells(task, examined):
 
 def test_every_code_has_its_place_in_the_pages():
     faults = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^## ([a-z-]+)$", faults, flags=re.M)) == CODES - RIVALS | {"unknown"}
+    assert set(re.findall(r"^## ([a-z0-9-]+)$", faults, flags=re.M)) == CODES - RIVALS | {"unknown"}
     assert set(re.findall(r"^### ([\w-]+)$", faults, flags=re.M)) == RIVALS
     assert set(re.findall(r"^\| `([\w-]+)` \|", README, flags=re.M)) == CODES - RIVALS
     assert all(f"`{code}`" in README for code in RIVALS)
@@ -255,6 +256,30 @@ def test_the_time_and_memory_in_the_readme_are_the_measured_ones():
     seconds, mib = measured["seconds"][1], measured["peak_mib"][1]  # the medians of three
     said = f"{seconds:.0f} seconds and {mib} MiB"
     assert said in " ".join(README.split()), f"the README must say: {said}"
+
+
+def test_the_cost_of_watching_on_the_page_is_the_measured_one():
+    measured = json.loads((ROOT / "benchmarks/watch.json").read_text(encoding="utf-8"))
+    costs = {name: row["overhead"] for name, row in measured["programs"].items()}
+    large = [c for name, c in costs.items() if measured["programs"][name]["step_ms"] >= 5]
+    small = [c for name, c in costs.items() if measured["programs"][name]["step_ms"] < 5]
+    record = [1 + row["tape"]["record"] for row in measured["programs"].values()]
+    ratios = {kind: [row["ratio"] for row in rows.values()] for kind, rows in measured["peers"].items()}
+    cockpit, collects, checks = (
+        f"{min(r):.0f} to {max(r):.0f} times"
+        for r in (ratios["Cockpit, economy"], ratios["TrainCheck, all"], ratios["TrainCheck, by invariants"])
+    )
+    page = " ".join((ROOT / "docs/concepts.md").read_text(encoding="utf-8").split())
+    assert all(row["pair"]["identical"] for row in measured["programs"].values())
+    for said in (
+        f"+{np.median(large):.1%} in the median of {len(large)} programs and +{np.quantile(large, 0.95):.1%} at the",
+        f"+{np.median(small):.1%} in the median of {len(small)}",
+        f"adversarial pair of networks rings as well (+{costs['adversarial']:.1%})",
+        f"takes {min(record):.1f} to {max(record):.1f} times as long",
+        f"took {cockpit} as long as the plain one; with TrainCheck {collects} where it collects all, {checks} where",
+        f"{measured['memory']['extra_training']:.1f} times the parameters",
+    ):
+        assert said in page, f"the page must say: {said}"
 
 
 def test_the_products_of_tracking_on_the_page_are_the_measured_ones():

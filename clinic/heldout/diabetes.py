@@ -17,18 +17,28 @@ torch.manual_seed(a.seed)
 X, y = load_diabetes(return_X_y=True)
 X, X_test, y, y_test = train_test_split(X, y, test_size=0.25, random_state=0)
 scaler, yscaler = StandardScaler().fit(X), StandardScaler().fit(y[:, None])
-X, X_test = (torch.tensor(scaler.transform(v)).float() for v in (X, X_test))
+X, X_test = torch.tensor(scaler.transform(X)).float(), torch.tensor(X_test).float()
+if a.fault != "preprocessing-mismatch":
+    X_test = torch.tensor(scaler.transform(X_test)).float()
 y, y_test = (torch.tensor(yscaler.transform(v[:, None])).float().squeeze(1) for v in (y, y_test))
+if a.fault == "overfitting":
+    X, y = X[:60], y[:60]
+if a.fault == "label-noise":
+    wrong = torch.rand(len(y)) < 0.3
+    y[wrong] += 4 * torch.randn(int(wrong.sum()))
 if a.fault == "non-finite-data":
     X[17, 2] = torch.nan
 
-net = torch.nn.Sequential(torch.nn.Linear(10, 24), torch.nn.ReLU(), torch.nn.Linear(24, 1))
+width = 400 if a.fault == "overfitting" else 24
+net = torch.nn.Sequential(torch.nn.Linear(10, width), torch.nn.ReLU(), torch.nn.Linear(width, 1))
 if a.fault in ("saddle", "zero-init"):
     for w in net.parameters():
         torch.nn.init.normal_(w, std=1e-8 if a.fault == "saddle" else 0.0)
 if a.fault == "dead-units":
     torch.nn.init.constant_(net[0].bias, -15.0)
-lr = {"lr-diverges": 3.0, "lr-bounces": 0.12, "lr-too-small": 1e-6, "saddle": 1e-3}.get(a.fault, 0.005)
+lr = {"lr-diverges": 3.0, "lr-bounces": 0.12, "lr-too-small": 1e-6, "saddle": 1e-3, "overfitting": 0.02}.get(
+    a.fault, 0.005
+)
 sgd = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-3)
 if a.fault == "parameters-not-optimised":
     net[0] = torch.nn.Linear(10, 24)

@@ -237,3 +237,54 @@ def test_updates_that_rounding_swallows_are_told(tmp_path, rate, lost):
     assert ("update-below-precision" in codes(found)) == lost
     if lost:
         assert found.findings[0].evidence[0].value > 0.9
+
+
+# Gradients that half precision cannot hold
+
+
+def in_float16(scale):
+    """A step under autocast, whose loss is a share of the usual one."""
+
+    def step(t):
+        t.optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.float16):
+            loss = t.loss() * scale
+        loss.backward()
+        t.optimizer.step()
+
+    return step
+
+
+def rounded_by_hooks(t):
+    if not t.model[0].weight._backward_hooks:
+        for p in t.model.parameters():
+            p.register_hook(lambda g: g.half().float())
+    t.optimizer.zero_grad()
+    (1e-7 * t.loss()).backward()
+    t.optimizer.step()
+
+
+def masked_by_hooks(t):
+    """Gradients that are 0 on purpose are of any size where nobody masks them."""
+    if not t.model[0].weight._backward_hooks:
+        t.model[0].weight.register_hook(lambda g: g * (torch.arange(8) % 2)[:, None])
+    usual(t)
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        (in_float16(1e-7), ["fp16-underflow"]),
+        (rounded_by_hooks, ["fp16-underflow"]),
+        (in_float16(1.0), []),
+        (masked_by_hooks, []),
+    ],
+)
+def test_gradients_that_float16_cannot_hold(tmp_path, step, said):
+    t = Task()
+
+    def loop():
+        for _ in range(STEPS):
+            step(t)
+
+    assert codes(verdict(tmp_path, loop)) == said
