@@ -454,3 +454,19 @@ def test_a_script_that_handles_its_interrupt_goes_its_own_way():
     running.send(signal.SIGINT)
     assert running.wait() == 4
     assert running.stdout.endswith("saved\n")
+
+
+def test_explain_tells_of_a_cause_and_lists_them_all():
+    code, told, _ = command("explain", "lr-bounces")
+    assert code == 0
+    assert told.startswith("lr-bounces\n\nLooks like a loss that falls")
+    assert "Cure: a lower rate" in told
+    code, listed, _ = command("explain")
+    assert code == 0
+    assert {"lr-bounces", "overfitting", "graph-cut", "unknown"} <= {line.split(" ")[0] for line in listed.splitlines()}
+
+
+def test_explain_knows_what_was_meant():
+    code, out, err = command("explain", "lr-bounce")
+    assert (code, out) == (2, "")
+    assert err.startswith("unstuck: the code of a cause was needed, got 'lr-bounce': did you mean lr-bounces")

@@ -171,7 +171,7 @@ def test_two_processes_tell_what_one_tells(task, examined):
 
 
 def test_every_code_has_its_place_in_the_pages():
-    faults = (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    faults = (ROOT / "src/unstuck/report/faults.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^## ([a-z0-9-]+)$", faults, flags=re.M)) == CODES - RIVALS | {"unknown"}
     assert set(re.findall(r"^### ([\w-]+)$", faults, flags=re.M)) == RIVALS
     assert set(re.findall(r"^\| `([\w-]+)` \|", README, flags=re.M)) == CODES - RIVALS

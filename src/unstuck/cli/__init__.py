@@ -120,6 +120,19 @@ def diagnose(
 
 
 @app.command()
+def explain(
+    code: Annotated[
+        str | None, typer.Argument(help="A cause, as a verdict names it; without it all are listed.")
+    ] = None,
+) -> None:
+    """Tells of a cause what it looks like, what proves it, what cures it, and which rivals share its looks."""
+    from unstuck.report import causes, explanation
+
+    _console()  # for the streams
+    Console(width=None if sys.stdout.isatty() else 100).print(causes() if code is None else explanation(code))
+
+
+@app.command()
 def report(
     run: RunArg = None,
     out: Annotated[
