@@ -197,3 +197,11 @@ def test_few_of_many_are_kept_evenly(tmp_path):
     assert steps[0] == 4
     assert steps[-1] == 160
     assert steps == sorted(set(steps))
+
+
+def test_a_step_that_is_recorded_across_a_validation_keeps_its_tape(tmp_path):
+    heard = trained(tmp_path / "run", by_argmax)
+    run = unstuck.Run(tmp_path / "run")
+    assert {e.step for e in heard} >= {4, 8}
+    assert [t.step for t in run.memory().tapes] == list(range(2, 17))  # the optimiser was there before
+    assert run.of("end")[0]["refusals"] == {}

@@ -19,7 +19,7 @@ RUNS = {  # what the default run can afford: a few steps, enough to come to ever
     "makemore bigram": "--steps 60 --type bigram --num-workers 0 -l 0.1",
     "makemore_mlp": "--steps 300",
     "sine_lbfgs": "--steps 1",
-    "word_lm": "--epochs 3",
+    "word_lm": "--epochs 2 --steps 120",
     "word_lm tied": "--epochs 2 --tied",
     "word_lm manual": "--epochs 2 --steps 12 --manual",
     "dcgan": "--niter 1 --steps 12",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unstuck.objective import Recorder
-from unstuck.record._deck import Deck
+from unstuck.record._deck import Deck, anything_compiled
 from unstuck.record._ear import Ear
 from unstuck.record._modes import insert, remove
 
@@ -88,7 +88,8 @@ class Evaluations:
         self._undo: list[Callable[[], None]] = []
 
     def put(self) -> None:
-        for context in _CONTEXTS:
+        """Listens from now on, unless part of the script is compiled: a mode would have it compile again."""
+        for context in () if anything_compiled() else _CONTEXTS:
             self._listen_to(context)
 
     def interrupt(self) -> None:
@@ -148,7 +149,7 @@ class Evaluations:
         spot = frame.f_code, frame.f_lasti
         if spot in self._ignored or not (self._leaves and self._due(spot)):
             return
-        if self._deaf() or torch.is_grad_enabled() or threading.get_ident() != self._thread:
+        if self._deaf() or torch.is_grad_enabled() or threading.get_ident() != self._thread or self._deck.sharded:
             return
         if frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "unstuck"):
             self._ignored.add(spot)
