@@ -306,6 +306,15 @@ def apart(a: Tensor, b: Tensor) -> float:
     return float(a.mean() - b.mean()) / spread if spread else 0.0
 
 
+def above(a: Tensor, b: Tensor) -> float:
+    """How many standard errors the ranks of one sample lie above those of another (Mann and Whitney)."""
+    m, n = len(a), len(b)
+    _, at, count = torch.cat([a, b]).unique(return_inverse=True, return_counts=True)
+    ranks = (count.cumsum(0) - (count - 1) / 2)[at].double()  # of equal ones their mean
+    surplus = float(ranks[:m].sum()) - m * (m + n + 1) / 2
+    return surplus / math.sqrt(m * n * (m + n + 1) / 12)
+
+
 def few_batches(case: Case) -> int:
     """How many different batches the recorded steps used, where these are few and come again; else 0."""
     tapes = case.once(wires)[0].tapes if case.tapes else ()

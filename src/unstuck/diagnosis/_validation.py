@@ -13,6 +13,7 @@ from unstuck.diagnosis._held_out import (
     FEW,
     Answers,
     HeldOut,
+    above,
     apart,
     asked,
     certain,
@@ -25,9 +26,10 @@ from unstuck.diagnosis._held_out import (
 from unstuck.objective import TapeError
 
 SHIFT, RATIO = 0.3, 1.4  # of the inputs, in spreads of those trained on, and of the two spreads
-LOWER = 0.8  # times the loss, with the inputs brought to the scale that is trained on
+FAR, SURELY = 3.0, 1.5  # such a shift or ratio, and the standard errors that are enough there
+LOWER = 0.9  # times the loss, with the inputs brought to the scale that is trained on
 MOVED = 0.6  # of the rows of a class that are called by another's name
-LEAKED = 0.05  # of the rows: fewer are met by chance, as of blank lines, and change a score little
+LEAKED = 0.1  # of the rows: fewer are met by chance, as of blank lines, and change a score little
 EASIER = 1.5  # times the loss of the known rows that the others have
 
 
@@ -78,31 +80,43 @@ def preprocessing_mismatch(case: Case, rows: HeldOut) -> Finding | None:
     seen = case.once(rows_trained_on)
     if rows.inputs is None or seen is None or not seen.is_floating_point():
         return None
-    mean, spread = float(seen.double().mean()), float(seen.double().std())
-    there, width = float(rows.inputs.double().mean()), float(rows.inputs.double().std())
-    if not (spread and width):
-        return None
-    shift, ratio = abs(there - mean) / spread, width / spread
-    if shift < SHIFT and max(ratio, 1 / ratio) < RATIO:
-        return None
-    mended = _asked(case, rows, (rows.inputs - there) / width * spread + mean)
-    if mended is None or certain(rows.losses - mended) < CERTAIN or mended.mean() > LOWER * rows.losses.mean():
-        return None
-    return Finding(
-        "preprocessing-mismatch",
-        SHOWN,
-        rows.series[0][0].step,
-        rows.place,
-        f"The inputs that are evaluated lie elsewhere than those trained on (mean {there:.3g} and spread {width:.3g}, "
-        f"not {mean:.3g} and {spread:.3g}); on the same scale their loss is {float(mended.mean()):.3g} instead of "
-        f"{float(rows.losses.mean()):.3g}.",
-        "Prepare held-out and training inputs by the same function, with the mean and the spread of the training set.",
-        (
-            Evidence.exact("shift of the inputs", shift, "in spreads of those trained on", n=len(rows.inputs)),
-            Evidence.exact("ratio of the spreads", ratio, "evaluated over trained on", n=len(rows.inputs)),
-            _paired("loss on the same scale", mended / rows.losses.mean(), "over the loss as it is"),
-        ),
-    )
+    for whole in (True, False):  # one scale for all numbers, or one for each column
+        (mean, spread), (there, width) = (_scale(x, whole=whole) for x in (seen, rows.inputs))
+        if not bool((width > 0).any() & (spread > 0).any()):
+            continue
+        shift = float((((there - mean).abs() / spread)[spread > 0]).mean())
+        ratio = float((width / spread)[(spread > 0) & (width > 0)].median())
+        off = max(ratio, 1 / ratio)
+        if shift < SHIFT and off < RATIO:
+            continue
+        scaled = (rows.inputs - there) / width.clamp_min(1e-12) * spread + mean
+        mended = _asked(case, rows, scaled)
+        enough = SURELY if shift >= FAR or off >= FAR else CERTAIN  # what lies so far off is no chance
+        if mended is None or certain(rows.losses - mended) < enough or mended.mean() > LOWER * rows.losses.mean():
+            continue
+        which = "" if whole else "column by column "
+        return Finding(
+            "preprocessing-mismatch",
+            SHOWN,
+            rows.series[0][0].step,
+            rows.place,
+            f"The inputs that are evaluated lie elsewhere than those trained on ({shift:.2g} spreads off, {ratio:.2g} "
+            f"times as spread); on the same scale {which}their loss is {float(mended.mean()):.3g} instead of "
+            f"{float(rows.losses.mean()):.3g}.",
+            "Prepare held-out and training inputs by one function, with the mean and the spread of the training set.",
+            (
+                Evidence.exact("shift of the inputs", shift, "in spreads of those trained on", n=len(rows.inputs)),
+                Evidence.exact("ratio of the spreads", ratio, "evaluated over trained on", n=len(rows.inputs)),
+                _paired("loss on the same scale", mended / rows.losses.mean(), "over the loss as it is"),
+            ),
+        )
+    return None
+
+
+def _scale(x: Tensor, *, whole: bool) -> tuple[Tensor, Tensor]:
+    """Mean and spread of all numbers, or of each column."""
+    numbers = x.double()
+    return (numbers.mean(), numbers.std()) if whole else (numbers.mean(0), numbers.std(0))
 
 
 def label_map_wrong(case: Case, rows: HeldOut) -> Finding | None:
@@ -156,9 +170,10 @@ def leakage(case: Case, rows: HeldOut) -> Finding | None:
     mixed = [k for k in rows.parts.unique().tolist() if len(rows.known[rows.parts == k].unique()) == 2]
     there = torch.isin(rows.parts, torch.tensor(mixed, dtype=torch.long))  # else they may be several sets of rows
     known, others = rows.losses[there & rows.known], rows.losses[there & ~rows.known]
-    if min(len(known), len(others)) < FEW or len(known) < LEAKED * len(rows.losses) or apart(others, known) < CERTAIN:
+    if min(len(known), len(others)) < FEW or len(known) < LEAKED * len(rows.losses):
         return None
-    if others.mean() < EASIER * known.mean():
+    clear = max(apart(others, known), above(others, known))  # a few far off, or most of them a little
+    if clear < CERTAIN or others.mean() < EASIER * known.mean():
         return None
     share = len(known) / len(rows.losses)
     return Finding(
