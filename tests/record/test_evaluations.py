@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import unstuck
+from unstuck.record import _ear
 
 X, Y = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 3
 HELD, AIMS = torch.randn(12, 6, generator=torch.Generator().manual_seed(2)), torch.arange(12) % 3
@@ -205,3 +206,11 @@ def test_a_step_that_is_recorded_across_a_validation_keeps_its_tape(tmp_path):
     assert {e.step for e in heard} >= {4, 8}
     assert [t.step for t in run.memory().tapes] == list(range(2, 17))  # the optimiser was there before
     assert run.of("end")[0]["refusals"] == {}
+
+
+def test_inputs_of_which_fewer_rows_were_kept_are_left_out(tmp_path, monkeypatch):
+    """They would lie beside the outputs of other rows."""
+    monkeypatch.setattr(_ear, "BYTES", HELD[:6].nbytes)  # of the outputs twice as many rows fit
+    for latest in (trained(tmp_path / style.__name__, style)[-1] for style in (by_argmax, by_loss)):
+        assert len(latest.outputs) == 12
+        assert not latest.inputs

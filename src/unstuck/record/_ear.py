@@ -1,7 +1,7 @@
 """Hears what a script computes without gradients: what enters its network, and what the outputs are compared with."""
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -64,6 +64,7 @@ class Ear(TorchFunctionMode):
         self.training = False  # whether the network was in training mode
         self.drawn: set[str] = set()  # calls that behaved as they do in training
         self.entered: list[list[Tensor]] = [[] for _ in range(ENTRANCES)]
+        self.met: dict[int | str, int] = {}  # rows that came, kept or not, by entrance and by comparison
         self.compared: dict[str, list[Pair]] = {}
         self.squashed = ""  # by what the outputs of the comparison were
 
@@ -152,6 +153,7 @@ class Ear(TorchFunctionMode):
 
     def _enters(self, x: Tensor) -> None:
         if self._entrance < ENTRANCES:
+            self.met[self._entrance] = self.met.get(self._entrance, 0) + len(x)
             _keep(x, self.entered[self._entrance])
         self._entrance += 1
 
@@ -176,7 +178,10 @@ class Ear(TorchFunctionMode):
 
     def _pair(self, name: str, outputs: Tensor, targets: Tensor, squashed: str) -> None:
         pairs = self.compared.setdefault(name, [])
-        if not (outputs.dim() and len(outputs) == len(targets)) or sum(len(o) for o, _ in pairs) >= ROWS:
+        if not (outputs.dim() and targets.dim()) or len(outputs) != len(targets):
+            return
+        self.met[name] = self.met.get(name, 0) + len(outputs)
+        if sum(len(o) for o, _ in pairs) >= ROWS:
             return
         kept: list[Tensor] = [o for o, _ in pairs]
         before = len(kept)
@@ -184,6 +189,29 @@ class Ear(TorchFunctionMode):
         if len(kept) > before:
             self.squashed = squashed
             pairs.append((kept[-1], targets[: len(kept[-1])].detach().clone()))
+
+    def inputs_of(self, kind: str) -> list[Tensor]:
+        """The inputs of what was compared: those of which a row gave one row of the outputs, or several, each the same.
+
+        Where fewer rows of them were kept than of the outputs, they are left out: they would not lie beside them.
+        """
+        found = []
+        for k, parts in enumerate(self.entered):
+            x, came, compared = joined(parts), self.met.get(k, 0), self.met[kind]
+            if x is not None and came and compared % came == 0:
+                each = compared // came
+                rows = sum(len(o) for o, _ in self.compared[kind])
+                if rows % each == 0 and len(x) >= rows // each:
+                    found.append(x[: rows // each])
+        return found
+
+
+def joined(parts: Iterable[Tensor]) -> Tensor | None:
+    """Rows that came part by part; None where they do not fit together."""
+    found = [x.clone() if x.is_inference() else x for x in parts]
+    if not found or len({(x.shape[1:], x.dtype) for x in found}) > 1:
+        return None
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def _keep(x: Tensor, kept: list[Tensor]) -> None:

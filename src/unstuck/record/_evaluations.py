@@ -4,7 +4,7 @@ import contextlib
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter
 from types import CodeType
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unstuck.objective import Recorder
 from unstuck.record._deck import Deck, anything_compiled
-from unstuck.record._ear import Ear
+from unstuck.record._ear import Ear, joined
 from unstuck.record._modes import insert, remove
 
 SHARE = 1 / 24  # of the promised share of time
@@ -203,7 +203,7 @@ class Evaluations:
         kind = next((k for k in kinds if ear.compared[k]), None)
         if kind is None:
             return False
-        outputs, targets = (_joined(parts) for parts in zip(*ear.compared[kind], strict=True))
+        outputs, targets = (joined(parts) for parts in zip(*ear.compared[kind], strict=True))
         if outputs is None or targets is None:
             return False
         step = self.now[0]
@@ -220,7 +220,7 @@ class Evaluations:
                 training=ear.training,
                 drawn=sorted(ear.drawn),
                 kind=kind,
-                inputs=[x for parts in ear.entered if (x := _joined(parts)) is not None],
+                inputs=ear.inputs_of(kind),
                 outputs=outputs,
                 targets=targets,
                 squashed=ear.squashed,
@@ -250,11 +250,3 @@ def pack_evaluations(kept: Mapping[Any, Sequence[Evaluation]]) -> list[dict[str,
 
 def unpack_evaluations(data: Sequence[Mapping[str, Any]]) -> tuple[Evaluation, ...]:
     return tuple(Evaluation(**e) for e in data)
-
-
-def _joined(parts: Iterable[Tensor]) -> Tensor | None:
-    """Rows that came part by part; None where they do not fit together."""
-    found = [x.clone() if x.is_inference() else x for x in parts]
-    if not found or len({(x.shape[1:], x.dtype) for x in found}) > 1:
-        return None
-    return torch.cat(found) if len(found) > 1 else found[0]
