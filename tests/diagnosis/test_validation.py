@@ -148,3 +148,14 @@ def test_without_a_validation_its_causes_are_not_checked(tmp_path):
     t.aims = t.aims[:0]
     found = t.run(tmp_path / "run")
     assert set(FAULTS) <= set(found.not_checked)
+
+
+def test_odd_validations_do_no_harm(tmp_path):
+    """Labels that no class has, NaN among the held-out rows, half precision: nothing is told, and nothing breaks."""
+    nan, outside, half = Task(), Task(), Task()
+    nan.held[3, 2] = torch.nan
+    outside.aims[5] = 77
+    half.x, half.held = half.x.bfloat16(), half.held.bfloat16()
+    half.model.to(torch.bfloat16)
+    for k, t in enumerate((nan, outside, half)):
+        assert codes(t.run(tmp_path / str(k))) == []

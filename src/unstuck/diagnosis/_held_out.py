@@ -1,5 +1,6 @@
 """What a script evaluates without gradients: rows that it does not train on, and how the network answers for them."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,8 +110,11 @@ def held_out(case: Case) -> tuple[HeldOut, ...]:
     series: dict[tuple[str, int], list[Evaluation]] = {}
     for e in () if case.memory is None else case.memory.evaluations:
         series.setdefault((e.place, e.part), []).append(e)
-    found = [s for each in series.values() if (s := _set_of(case, each)) is not None]
-    return tuple(sorted(found, key=lambda s: -len(s.answers.outputs)))
+    found = []
+    for each in series.values():
+        with contextlib.suppress(RuntimeError, ValueError, TypeError):  # numbers of a kind that these looks do not know
+            found.append(_set_of(case, each))
+    return tuple(sorted((s for s in found if s is not None), key=lambda s: -len(s.answers.outputs)))
 
 
 def _set_of(case: Case, evaluations: Sequence[Evaluation]) -> HeldOut | None:
