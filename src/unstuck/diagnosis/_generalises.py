@@ -18,7 +18,7 @@ from unstuck.diagnosis._held_out import (
     trained_on,
     within,
 )
-from unstuck.diagnosis._wires import losses, wires
+from unstuck.diagnosis._wires import losses, shown, wires
 
 RISEN = 1.1  # times its lowest that the loss of the held-out rows ends at
 FALLEN = 0.7  # times what the training loss was then
@@ -40,20 +40,17 @@ def same_batch(case: Case, rows: HeldOut) -> Finding | None:
         if not few or ratio < 2 or apart(rows.answers.losses, trained.losses) < CERTAIN:
             return None
     steps = len(case.once(wires)[0].tapes)
-    return Finding(
+    return shown(
         "same-batch",
-        SHOWN,
-        case.once(wires)[0].tapes[0].step,
         rows.place,
         f"The {steps} recorded steps used the same {f'{count} batches' if count > 1 else 'batch'} again and again, "
         f"{unlike} rows in all, while {asked_for} are evaluated; the loss is {trained.loss:.3g} on those trained on, "
         f"{rows.answers.loss:.3g} on these.",
         "Print the first rows of a few batches of two epochs: a loader that is seeded anew, made anew inside the loop "
         "or left after a few batches gives the same ones each time.",
-        (
-            Evidence.exact("different batches", count, "among the recorded steps", n=steps),
-            Evidence.exact("evaluated over training loss", ratio, "now", n=asked_for),
-        ),
+        Evidence.exact("different batches", count, "among the recorded steps", n=steps),
+        Evidence.exact("evaluated over training loss", ratio, "now", n=asked_for),
+        step=case.once(wires)[0].tapes[0].step,
     )
 
 
@@ -79,15 +76,13 @@ def label_noise(case: Case, rows: HeldOut) -> Finding | None:
         evidence = Evidence.exact(
             "wrong among those trained on", gap, "share, beyond those held out", n=len(trained.right)
         )
-    return Finding(
+    return shown(
         "label-noise",
-        SHOWN,
-        1,
         rows.place,
         f"{what}: many targets of the training rows contradict what the network has learned from the others.",
         "Look at the rows of the highest loss: mend or drop their labels; else a robust loss, and stop before they are "
         "learned by heart. If the training rows are made harder on purpose (augmentation), nothing is wrong.",
-        (evidence,),
+        evidence,
     )
 
 
@@ -111,20 +106,16 @@ def class_imbalance(case: Case, rows: HeldOut) -> Finding | None:
         return None
     names = ", ".join(str(k) for k in rare.nonzero().flatten().tolist()[:5]) + (" …" if int(rare.sum()) > 5 else "")
     share = float(often[rare].sum() / often.sum())
-    return Finding(
+    return shown(
         "class-imbalance",
-        SHOWN,
-        1,
         rows.place,
         f"The classes {names} make {share:.1%} of the rows trained on, and of those held out {found:.0%} of theirs are "
         f"recognised; of the others {others:.0%}.",
         "Give rare classes more weight (weight= of the loss, or a sampler), or add their log-frequency to the logits; "
         "judge by the balanced accuracy.",
-        (
-            Evidence.exact("share of the rare classes", share, "of the rows trained on", n=int(often.sum())),
-            Evidence.exact("recall of the rare classes", found, "share of their held-out rows", n=int(missed)),
-            Evidence.exact("recall of the others", others, "share of their held-out rows", n=int(met)),
-        ),
+        Evidence.exact("share of the rare classes", share, "of the rows trained on", n=int(often.sum())),
+        Evidence.exact("recall of the rare classes", found, "share of their held-out rows", n=int(missed)),
+        Evidence.exact("recall of the others", others, "share of their held-out rows", n=int(met)),
     )
 
 

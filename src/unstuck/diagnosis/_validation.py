@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from unstuck.diagnosis._case import Case
-from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
+from unstuck.diagnosis._findings import Evidence, Finding
 from unstuck.diagnosis._generalises import class_imbalance, label_noise, overfitting, same_batch
 from unstuck.diagnosis._held_out import (
     CERTAIN,
@@ -23,6 +23,7 @@ from unstuck.diagnosis._held_out import (
     trained_on,
     within,
 )
+from unstuck.diagnosis._wires import shown
 
 SHIFT, RATIO = 0.3, 1.4  # of the inputs, in spreads of those trained on, and of the two spreads
 FAR, SURELY = 3.0, 1.5  # such a shift or ratio, and the standard errors that are enough there
@@ -62,15 +63,15 @@ def train_while_validating(case: Case, rows: HeldOut) -> Finding | None:
         evidence.append(
             _paired("cost of the training mode", gain / quiet.mean(), "of the loss of these rows without dropout")
         )
-    return Finding(
+    return shown(
         "train-while-validating",
-        SHOWN,
-        first.step,
         rows.place,
         f"The model is in training mode while {len(rows.losses)} rows are evaluated: its {' and '.join(drawn)} behaves "
         "as in training, so the score is not that of the model that will be used.",
         "Call model.eval() before the validation, and model.train() again before the training goes on.",
-        (Evidence.exact("rows evaluated in training mode", len(answers.outputs), "at the last look"), *evidence),
+        Evidence.exact("rows evaluated in training mode", len(answers.outputs), "at the last look"),
+        *evidence,
+        step=first.step,
     )
 
 
@@ -94,20 +95,17 @@ def preprocessing_mismatch(case: Case, rows: HeldOut) -> Finding | None:
         if mended is None or certain(rows.losses - mended) < enough or mended.mean() > LOWER * rows.losses.mean():
             continue
         which = "" if whole else "column by column "
-        return Finding(
+        return shown(
             "preprocessing-mismatch",
-            SHOWN,
-            rows.series[0][0].step,
             rows.place,
             f"The inputs that are evaluated lie elsewhere than those trained on ({shift:.2g} spreads off, {ratio:.2g} "
             f"times as spread); on the same scale {which}their loss is {float(mended.mean()):.3g} instead of "
             f"{float(rows.losses.mean()):.3g}.",
             "Prepare held-out and training inputs by one function, with the mean and the spread of the training set.",
-            (
-                Evidence.exact("shift of the inputs", shift, "in spreads of those trained on", n=len(rows.inputs)),
-                Evidence.exact("ratio of the spreads", ratio, "evaluated over trained on", n=len(rows.inputs)),
-                _paired("loss on the same scale", mended / rows.losses.mean(), "over the loss as it is"),
-            ),
+            Evidence.exact("shift of the inputs", shift, "in spreads of those trained on", n=len(rows.inputs)),
+            Evidence.exact("ratio of the spreads", ratio, "evaluated over trained on", n=len(rows.inputs)),
+            _paired("loss on the same scale", mended / rows.losses.mean(), "over the loss as it is"),
+            step=rows.series[0][0].step,
         )
     return None
 
@@ -141,24 +139,21 @@ def label_map_wrong(case: Case, rows: HeldOut) -> Finding | None:
     raw = float(there.diagonal().sum() / there.sum())
     mended = float(sum(there[k, moved.get(k, k)] for k in range(len(there))) / there.sum())
     told = ", ".join(f"{k} is called {v}" for k, v in list(moved.items())[:3]) + (" …" if len(moved) > 3 else "")
-    return Finding(
+    return shown(
         "label-map-wrong",
-        SHOWN,
-        rows.series[0][0].step,
         rows.place,
         f"The classes of the rows that are evaluated go by other numbers than in the training: {told}. "
         f"With the names exchanged {mended:.0%} of the answers are right, as it is {raw:.0%}.",
         "Number the classes once, from the training set, and use that map for both sets; print it from both loaders.",
-        (
-            Evidence.exact("right answers", raw, "share, as the classes are numbered", n=int(there.sum())),
-            Evidence.exact("right with the names exchanged", mended, "share", n=int(there.sum())),
-            Evidence.exact(
-                "right in the training",
-                float(here.diagonal().sum() / here.sum()),
-                "share of the recorded rows",
-                n=int(here.sum()),
-            ),
+        Evidence.exact("right answers", raw, "share, as the classes are numbered", n=int(there.sum())),
+        Evidence.exact("right with the names exchanged", mended, "share", n=int(there.sum())),
+        Evidence.exact(
+            "right in the training",
+            float(here.diagonal().sum() / here.sum()),
+            "share of the recorded rows",
+            n=int(here.sum()),
         ),
+        step=rows.series[0][0].step,
     )
 
 
@@ -175,22 +170,17 @@ def leakage(case: Case, rows: HeldOut) -> Finding | None:
     if clear < CERTAIN or others.mean() < EASIER * known.mean():
         return None
     share = len(known) / len(rows.losses)
-    return Finding(
+    return shown(
         "leakage",
-        SHOWN,
-        rows.series[0][0].step,
         rows.place,
         f"At least {share:.0%} of the {len(rows.losses)} rows that are evaluated are trained on as well, number for "
         f"number; their loss is {float(known.mean()):.3g}, that of the others {float(others.mean()):.3g}: the score is "
         "better than on new rows.",
         "Split before anything is copied or augmented, by what belongs together (a patient, a document, a day); drop "
         "duplicates first.",
-        (
-            Evidence.exact("rows trained on", share, "of those evaluated, at the least", n=len(rows.losses)),
-            Evidence.exact(
-                "loss of the others", float(others.mean() / known.mean()), "over that of these", n=len(others)
-            ),
-        ),
+        Evidence.exact("rows trained on", share, "of those evaluated, at the least", n=len(rows.losses)),
+        Evidence.exact("loss of the others", float(others.mean() / known.mean()), "over that of these", n=len(others)),
+        step=rows.series[0][0].step,
     )
 
 

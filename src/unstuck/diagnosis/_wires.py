@@ -113,5 +113,5 @@ def exchanged(
     return step
 
 
-def shown(code: str, where: str, claim: str, advice: str, *evidence: Evidence) -> Finding:
-    return Finding(code, SHOWN, 1, where, claim, advice, evidence)
+def shown(code: str, where: str, claim: str, advice: str, *evidence: Evidence, step: int = 1) -> Finding:
+    return Finding(code, SHOWN, step, where, claim, advice, evidence)
