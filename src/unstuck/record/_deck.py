@@ -43,9 +43,7 @@ class Deck:
         self.tapes: deque[Tape] = deque(maxlen=KEPT)
         self.refusals: dict[str, int] = {}
         self.seconds = 0.0
-        self.lost = (
-            0.0  # share of the last refused gradient that was 0 where its replay is tiny: half precision ends there
-        )
+        self.lost = 0.0  # share of the last gradient that was 0 where its replay is tiny: half precision ends there
         self.rescaled = 1.0  # of the gradient between backward and step, as last seen: clipping; NaN for another change
         self._leaves = leaves
         self._looked_at = 0  # leaves, for `sharded`
