@@ -10,6 +10,7 @@ from unstuck.diagnosis._hypothesis import (
     BLINDNESS,
     DIVERGED,
     INF,
+    SLOW,
     STUCK,
     Hypothesis,
     Prediction,
@@ -86,12 +87,12 @@ def _flat_start(case: Case) -> str:
     )
 
 
-ALL = (DIVERGED, BLIND, STUCK, AMISS)
+ALL = (DIVERGED, BLIND, STUCK, SLOW, AMISS)
 
 BEGINS: tuple[Hypothesis, ...] = (
     Hypothesis(
         "inputs-unscaled",
-        (DIVERGED, BLIND, STUCK),
+        (DIVERGED, BLIND, STUCK, SLOW),
         (Prediction("scale of the inputs", 1, INF, "the inputs are of a usual size and near 0", premise=True),),
         _far_inputs,
         "Standardise the inputs: subtract each column's mean and divide by its spread, both of the training data.",
@@ -172,7 +173,7 @@ BEGINS: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "ill-conditioned",
-        (STUCK,),
+        (STUCK, SLOW),
         (
             SCALED,
             Prediction(

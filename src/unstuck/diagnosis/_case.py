@@ -153,6 +153,12 @@ class Case:
             return self.guess
         return max((x for x in self.losses[:10] if math.isfinite(x)), default=math.nan)
 
+    @property
+    def classes(self) -> bool:
+        """Whether the usual program names classes."""
+        found = comparison(self.fixed[-1].program) if self.fixed else None
+        return found is not None and found.kind == "classes"
+
     @cached_property
     def guess(self) -> float | None:
         """What guessing earns: the entropy of the labels, or the spread of the targets; None of any other loss."""

@@ -10,12 +10,14 @@ from torch.nn import functional as F
 
 from unstuck.diagnosis._case import HELD_OUT, Case, distinct
 from unstuck.diagnosis._findings import Evidence
+from unstuck.diagnosis._held_out import batches_trained_on, distinct_rows
 from unstuck.diagnosis._start import batches
 from unstuck.diagnosis._wires import Wires, exchanged, losses, wires
 from unstuck.objective import Constant, Tape
 
 ROWS, NEAREST = 1500, 5  # rows that neighbours are looked for among, and how many of each
 MANY = 100  # classes up to which targets are counted
+LARGE, AGAIN = 0.25, 1.7  # of the data in a batch; how often a row must come for most to be known
 REACH = 5.0  # median lengths of a row at which what lies further out is cut off
 
 
@@ -74,6 +76,38 @@ def mixed(case: Case) -> Evidence | None:
     shares = sorted(float(y.var(0).sum() / whole) for y in parts)
     meaning = "spread of the targets within a batch over that of all; 1 where they are drawn at random"
     return Evidence("mixture of a batch", statistics.fmean(shares), shares[0], shares[-1], len(shares), meaning)
+
+
+def share_of_the_data(case: Case) -> Evidence | None:
+    """The rows of a batch over all rows that the run trains on, where the recorded steps show nearly all of them."""
+    steps = case.once(batches_trained_on) if case.tapes else ()
+    if not steps:
+        return None
+    known = len(distinct_rows(torch.cat(steps)))
+    share, drawn = len(steps[-1]) / known, len(case.once(wires)[0].tapes) * len(steps[-1])
+    if share >= LARGE and drawn < AGAIN * known:
+        raise ValueError("how many rows there are does not show: the recorded steps hardly repeat any")
+    return Evidence.exact("batch over the data", share, "share of the rows that one step uses", n=known)
+
+
+def parted(case: Case, parts: int) -> Callable[[Tape], tuple[Tape, ...]]:
+    """Turns a recorded step into several of as many parts of its batch."""
+    w = case.once(wires)[0]
+    found = batches(w)
+    assert found is not None
+    aims = [y.at for *_, y in losses(w) if type(y) is Constant]
+    rows, places = found[0], (*found[2], *aims)
+
+    def part(k: int, c: Tensor) -> Tensor:
+        each = len(c) // parts
+        return c[k * each : (k + 1) * each]
+
+    def split(tape: Tape) -> tuple[Tape, ...]:
+        if tape.program is not w.program or rows < parts:
+            return (tape,)
+        return tuple(exchanged(w.program, places, lambda c, _, k=k: part(k, c))(tape) for k in range(parts))
+
+    return split
 
 
 def _aims(w: Wires, tape: Tape) -> Tensor | None:

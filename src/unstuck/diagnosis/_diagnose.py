@@ -19,15 +19,16 @@ from unstuck.diagnosis._findings import (
     RuledOut,
     Trial,
 )
-from unstuck.diagnosis._held_out import held_out
+from unstuck.diagnosis._held_out import held_out, unseen
 from unstuck.diagnosis._hypotheses import HYPOTHESES, MEASURES
-from unstuck.diagnosis._hypothesis import AMISS, BLIND, DIVERGED, STUCK, Hypothesis, at_chance, symptom
+from unstuck.diagnosis._hypothesis import AMISS, BLIND, DIVERGED, SLOW, STUCK, Hypothesis, at_chance, symptom
 from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, Remedy, run_trial
 from unstuck.diagnosis._validation import CHECKS, validation_findings
 from unstuck.diagnosis._wiring import WIRING
-from unstuck.record import Run
+from unstuck.record import Run, State
 
+MODES = ("train-while-validating",)  # checks that need no symptom, and do not explain one
 LASTING = 10.0  # times its start that a finite loss ends at, where that alone is to be a fault
 UNKNOWN = "unknown"  # the code of a finding that says only that something is wrong
 
@@ -60,17 +61,18 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
         because = f"{exact[0].code} explains it: mend that first"
         checked = [c for c in EXACT if c not in unread]
         return _result(run, exact, checked, unread | dict.fromkeys((c for c in codes if c not in EXACT), because))
+    certain = validation_findings(case, MODES)
     sign = symptom(case)
     unheard = _unheard(case)
     if sign is None:
         unseen = unread | _unseen(case, hypotheses) | unheard
-        found = _elsewhere(case) or validation_findings(case)
+        found = certain or _elsewhere(case) or validation_findings(case)
         return _result(run, found, [c for c in codes if c not in unseen], unseen)
     if not case.tapes:
         return _without_tapes(case, codes, sign)
     findings, open_questions = _eliminate(case, hypotheses, sign, progress)
     open_questions |= unheard
-    if not any(f.word in (PROVED, SHOWN) for f in findings):
+    if not certain and not any(f.word in (PROVED, SHOWN) for f in findings):
         findings += validation_findings(case)
     if not findings and sign in (BLIND, DIVERGED):
         what = _blown_up(case) if sign == DIVERGED else "The outputs do not depend on the inputs"
@@ -78,13 +80,14 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
     if case.memory is not None and case.memory.apart:
         share = f"This rests on rank {run.rank}'s share of each batch alone, since {case.memory.apart}."
         findings = [replace(f, claim=f"{f.claim} {share}") for f in findings]
-    return _result(run, findings, [c for c in codes if c not in open_questions], open_questions)
+    checked = [c for c in codes if c not in open_questions]
+    return _result(run, findings, checked, open_questions, certain)
 
 
 def _unseen(case: Case, hypotheses: Sequence[Hypothesis]) -> dict[str, str]:
     """The hypotheses that no symptom can lead to here, because whether the loss stands still cannot be told."""
     why = case.reasons.get("trend")
-    return {} if why is None else {h.code: why for h in hypotheses if h.symptoms == (STUCK,)}
+    return {} if why is None else {h.code: why for h in hypotheses if set(h.symptoms) <= {STUCK, SLOW}}
 
 
 def _unheard(case: Case) -> dict[str, str]:
@@ -143,13 +146,10 @@ def _tried(
     case: Case, h: Hypothesis, hypotheses: Sequence[Hypothesis], sign: str, progress: Progress | None
 ) -> tuple[list[Finding], list[RuledOut], dict[str, str]]:
     """What the survivor's own remedies make of it: a finding, a refutation, or why it stays open."""
-    trial, because = None, "it has no remedy that can be tried"
     remedies = h.remedies(case)
-    if remedies:
-        try:
-            trial = run_trial(case, remedies, state=h.origin(case), progress=_later(progress))
-        except (RuntimeError, ValueError) as error:
-            because = str(error)
+    trial, because = _tested(case, h, remedies, h.origin(case), progress)
+    if h.over_again and trial is not None and h.code not in _proved(h, remedies, trial):
+        trial = _tested(case, h, remedies, case.start, progress)[0] or trial
     proved = set() if trial is None else _proved(h, remedies, trial)
     if h.code in proved:
         return [_finding(case, h, PROVED, _advice(h.advice, trial), trial)], [], {}
@@ -164,6 +164,18 @@ def _tried(
     if sign in (BLIND, DIVERGED) or h.suspected:
         return [_finding(case, h, SUSPECT, untried, None)], [], {}
     return [], [], {h.code: because}
+
+
+def _tested(
+    case: Case, h: Hypothesis, remedies: Sequence[Remedy], state: State | None, progress: Progress | None
+) -> tuple[Trial | None, str]:
+    """The trial of its remedies from some weights, or why there is none."""
+    if not remedies:
+        return None, "it has no remedy that can be tried"
+    try:
+        return run_trial(case, remedies, state=state, unseen=case.once(unseen), progress=_later(progress)), ""
+    except (RuntimeError, ValueError) as error:
+        return None, str(error)
 
 
 def _own(h: Hypothesis, remedies: Sequence[Remedy]) -> list[str]:
@@ -260,13 +272,19 @@ def _unknown(case: Case, claim: str) -> Finding:
     )
 
 
-def _result(run: Run, findings: Sequence[Finding], checked: Sequence[str], not_checked: Mapping[str, str]) -> Diagnosis:
+def _result(
+    run: Run,
+    findings: Sequence[Finding],
+    checked: Sequence[str],
+    not_checked: Mapping[str, str],
+    certain: Sequence[Finding] = (),
+) -> Diagnosis:
     return Diagnosis(
         script=run.script,
         steps=run.steps,
         seconds=run.seconds,
         overhead=run.overhead,
-        findings=tuple(sorted(findings, key=lambda f: WORDS.index(f.word))),
+        findings=(*certain, *sorted(findings, key=lambda f: WORDS.index(f.word))),
         checked=tuple(checked),
         not_checked=not_checked,
     )

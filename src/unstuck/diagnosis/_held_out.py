@@ -13,13 +13,17 @@ from torch.nn import functional as F
 from unstuck.diagnosis._case import HELD_OUT, Case, comparison, distinct
 from unstuck.diagnosis._remedies import without_dropout
 from unstuck.diagnosis._steering import batches
+from unstuck.diagnosis._structure import mean_loss
 from unstuck.diagnosis._wires import exchanged, observed, wires
-from unstuck.objective import Constant
+from unstuck.objective import Constant, Tape
 from unstuck.record import Evaluation
 
 ALL = 0.95  # of the rows: such as are trained on make a set that is no validation
 FEW = 8  # rows
 MOST = 0.5  # of the rows trained on, of which in a leak few are held out as well
+ALIKE = 1.5  # times the loss of the rows trained on: held-out rows up to there are answered as those are
+ANSWERED = 0.5  # times what guessing earns: or up to there
+TOGETHER = 64  # rows to a step that a trial is judged by
 BATCHES = 8  # different ones, at the most, that are few
 CERTAIN = 3.0  # standard errors
 _OF_CLASSES = ("cross_entropy", "nll_loss", "equal", "binary_cross_entropy", "binary_cross_entropy_with_logits")
@@ -293,6 +297,39 @@ def asked(case: Case, inputs: Tensor) -> Tensor | None:
     outputs = torch.cat(made)
     each = len(outputs) // math.ceil(len(inputs) / size) // size
     return outputs[: each * len(inputs)]
+
+
+def unseen(case: Case) -> tuple[Tape, ...]:
+    """The held-out rows as steps that a trial can be judged by; none where they are answered in quite another way."""
+    found = comparison(case.once(wires)[0].program) if case.tapes else None
+    place = case.once(_input_place)
+    if place is None or found is None or found.targets is None or case.state is None:
+        return ()
+    aim = found.call.args[found.targets]
+    sets = [s for s in case.once(held_out) if s.inputs is not None]
+    if type(aim) is not Constant or not sets or case.once(wires)[0].recent[-1].shares > 1:
+        return ()
+    size = len(case.once(wires)[0].recent[-1].constants[place])
+    for rows in (max(size, TOGETHER), size):  # some programs take batches of their own size alone
+        with contextlib.suppress(RuntimeError, ValueError):  # rows that the program does not take
+            steps = _as_steps(case, sets[0], place, aim.at, rows)
+            loss, trained = mean_loss(case.state.weights, steps), mean_loss(case.state.weights, case.fixed)
+            return steps if loss < max(ALIKE * trained, ANSWERED * case.chance) else ()
+    return ()
+
+
+def _as_steps(case: Case, rows: HeldOut, place: int, aim: int, size: int) -> tuple[Tape, ...]:
+    tape, inputs, targets = case.once(wires)[0].recent[-1], rows.inputs, rows.answers.targets
+    assert inputs is not None
+    each = len(targets) // len(inputs)
+    steps = []
+    for begin in range(0, min(len(inputs), HELD_OUT * size), size):
+        chosen = torch.arange(begin, begin + size) % len(inputs)  # the last one is filled with rows from the front
+        aims = targets.view(len(inputs), each, *targets.shape[1:])[chosen].flatten(0, 1)
+        of = {place: inputs[chosen], aim: aims}
+        change = exchanged(tape.program, of, lambda c, k, of=of: of[k].reshape(-1, *c.shape[1:]).to(c))
+        steps.append(change(tape))
+    return tuple(steps)
 
 
 def certain(difference: Tensor) -> float:

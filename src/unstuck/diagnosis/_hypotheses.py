@@ -53,6 +53,8 @@ MEASURES: dict[str, Measure] = {
     "longest row": data.outlying,
     "mixture of a batch": data.mixed,
     "what neighbours tell": data.neighbours,
+    "whole batches needed": settings.whole_batches,
+    "batch over the data": data.share_of_the_data,
     "dropout": layers.dropout_rate,
     "numbers to a norm": layers.rows_per_norm,
     "scale of the loss": layers.loss_scale,

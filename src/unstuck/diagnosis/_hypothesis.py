@@ -11,9 +11,11 @@ from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
 INF = math.inf
+SORTED = 0.7  # of the spread of all targets, within a batch: such batches do not come at random
 BACK = 2.0  # times what guessing earns: a loss that blew up and has come back to it does not blow up any more
 DIVERGED, BLIND, STUCK = "diverged", "blind", "stuck"  # symptoms
-AMISS = "amiss"  # one of the first weights, whatever became of them
+SLOW = "slow"  # the loss falls, and is far from done
+AMISS = "amiss"  # one of the first weights, or of the order of the rows, whatever became of them
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Hypothesis:
     origin: Callable[[Case], State | None] = lambda case: case.state  # where its trial starts
     evidence: tuple[str, ...] = ()  # quantities to show beside the predicted ones
     suspected: bool = False  # whether its predictions alone make it a SUSPECT, whatever the symptom
+    over_again: bool = False  # whether a trial that failed is followed by one from the first weights
     decisive: bool = False  # whether its predictions alone show it, should the trial not prove it
 
 
@@ -68,13 +71,16 @@ def symptom(case: Case) -> str | None:
         return BLIND
     trend = case["trend"]
     flat = trend is not None and (trend.value > -0.15 or trend.high > 0.3)
-    if flat and level is not None and level.value > 0.05:
-        return STUCK
+    if level is not None and level.value > 0.05:
+        return STUCK if flat else SLOW
     return AMISS if _began_amiss(case) else None
 
 
 def _began_amiss(case: Case) -> bool:
-    """Whether the first weights alone say that something is wrong."""
+    """Whether the first weights, or the order in which classes come, alone say that something is wrong."""
+    mixture = case["mixture of a batch"]
+    if mixture is not None and mixture.value < SORTED and case.classes:
+        return True
     loss, outputs = case["loss at the start"], case["size of the outputs at the start"]
     if loss is not None and outputs is not None and loss.value >= 2.8 and outputs.value >= 3:
         return True

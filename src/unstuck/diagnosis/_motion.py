@@ -10,16 +10,18 @@ from torch import Tensor
 
 from unstuck.critical import Escape, escape
 from unstuck.curvature import eigenpairs, hessian
-from unstuck.diagnosis._case import Case, clipped, distinct, rebuilt
+from unstuck.diagnosis._case import Case, clipped, distinct, examples_in, rebuilt
 from unstuck.diagnosis._findings import Evidence
 from unstuck.diagnosis._structure import mean_loss
 from unstuck.diagnosis._trial import STEPS
 from unstuck.objective import Tape
 from unstuck.record import State
 
-CAP = 4096.0  # the largest multiple of an update that is tried
+CAP = 4.0**15  # the largest multiple of an update that is tried
 WINDOW = 1 / 3  # of the run, at its end: the stretch over which the loss must have stopped falling
+ELSEWHERE = 32  # rows to look at elsewhere, where batches are smaller
 BLOCKS = 12
+BLOCKS_OF_ALL = 50  # stretches of a run by which a rise is told from a single bad batch
 MOMENTS, APART = 5, 5  # at which the curvature is measured, and the steps between two of them
 
 
@@ -48,10 +50,9 @@ def level(case: Case) -> Evidence | None:
     if not recent or not case.chance > 0:
         return None
     shares = sorted(x / case.chance for x in recent)
-    middle = statistics.median(shares)
     return Evidence(
         "loss over chance",
-        middle,
+        statistics.fmean(shares),  # of batches of a few rows most may be answered rightly, and the rest badly
         shares[len(shares) // 10],
         shares[-1 - len(shares) // 10],
         len(recent),
@@ -65,9 +66,12 @@ def rise(case: Case) -> Evidence | None:
         return Evidence.exact("rise of the loss", math.inf, "the loss was never a number", n=len(case.losses))
     if len(case.losses) < 2 or case.losses[0] <= 0:
         return None
-    bad = any(not math.isfinite(x) for x in case.losses)
-    worst = math.inf if bad else max(case.losses) / case.losses[0]
-    return Evidence.exact("rise of the loss", worst, "the worst loss over the first", n=len(case.losses))
+    if not all(math.isfinite(x) for x in case.losses):
+        return Evidence.exact("rise of the loss", math.inf, "the loss ceased to be a number", n=len(case.losses))
+    width = max(len(case.losses) // BLOCKS_OF_ALL, 1)
+    means = [statistics.fmean(case.losses[k : k + width]) for k in range(0, len(case.losses) - width + 1, width)]
+    meaning = f"the worst mean of {width} losses over the first loss" if width > 1 else "the worst loss over the first"
+    return Evidence.exact("rise of the loss", max(means) / case.losses[0], meaning, n=len(case.losses))
 
 
 def update(
@@ -88,35 +92,41 @@ def update(
 
 def head_room(case: Case) -> Evidence | None:
     """The smallest multiple of the run's own update at which the loss of the same batch is no lower than before."""
-    return _head_room(
-        case, "head-room", "multiple of the update at which its own batch's loss is back where it was", shift=0
-    )
+    meaning = "multiple of the update at which its own batch's loss is back where it was"
+    return _head_room(case, "head-room", meaning, lambda tapes, k: [tapes[k]])
 
 
 def head_room_elsewhere(case: Case) -> Evidence | None:
     """The same on a batch that the update has not seen."""
-    return _head_room(case, "head-room elsewhere", "the same on another batch", shift=2)
+
+    def others(tapes: Sequence[Tape], k: int) -> Sequence[Tape]:
+        count = min(math.ceil(ELSEWHERE / examples_in(tapes[0])), len(tapes) - 1)
+        return [tapes[(k + 2 + j) % len(tapes)] for j in range(max(count, 1))]
+
+    return _head_room(case, "head-room elsewhere", "the same on another batch", others)
 
 
-def _head_room(case: Case, name: str, meaning: str, *, shift: int) -> Evidence | None:
+def _head_room(
+    case: Case, name: str, meaning: str, judges: Callable[[Sequence[Tape], int], Sequence[Tape]]
+) -> Evidence | None:
     state = case.state
     tapes = case.fixed
     if state is None or not tapes:
         return None
     found: list[float] = []
     for k, tape in enumerate(tapes[:5]):
-        found.append(_crossing(state.weights, update(state, tape, case.clip), tapes[(k + shift) % len(tapes)]))
+        found.append(_crossing(state.weights, update(state, tape, case.clip), judges(tapes, k)))
     return Evidence(name, statistics.median(found), min(found), max(found), len(found), meaning)
 
 
-def _crossing(weights: Sequence[Tensor], step: Sequence[Tensor], tape: Tape) -> float:
+def _crossing(weights: Sequence[Tensor], step: Sequence[Tensor], tapes: Sequence[Tape]) -> float:
     """By doubling, then bisection on the logarithm to 10 %; 0 where the smallest multiple already raises the loss."""
 
     def raised(multiple: float) -> bool:
-        here = mean_loss([w + multiple * d for w, d in zip(weights, step, strict=True)], [tape])
+        here = mean_loss([w + multiple * d for w, d in zip(weights, step, strict=True)], tapes)
         return not here <= base + rounding
 
-    base = mean_loss(weights, [tape])
+    base = mean_loss(weights, tapes)
     rounding = 8 * abs(base) * torch.finfo(step[0].dtype).eps  # a tiny update's gain can be smaller than that
     low, high = 1 / 16, 1 / 16
     if raised(low):

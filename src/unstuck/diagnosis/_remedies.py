@@ -57,6 +57,15 @@ def larger_batch(times: int, *, proves: str = "") -> Remedy:
     return Remedy(f"batch × {times}", apply, proves=proves, least=FARTHER)
 
 
+def smaller_batch(parts: int, split: Callable[[Tape], Sequence[Tape]]) -> Remedy:
+    """Each recorded batch as several steps of its parts; all arms pass over the data as often."""
+
+    def apply(copy: Fork) -> None:
+        copy.parted = split
+
+    return Remedy(f"batch ÷ {parts}", apply, least=FARTHER, once=True)
+
+
 def option(name: str, value: float, label: str, *, least: float = LEAST) -> Remedy:
     """Another value for one of the optimiser's options, in all groups that have it."""
     change = setting(name, value)

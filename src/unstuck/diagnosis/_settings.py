@@ -134,3 +134,9 @@ def misuse(case: Case) -> Evidence | None:
     often = calls is not None and calls.value > 0.9
     wrong = rising.value > 3 or (often and lost.value > 1 / 3)
     return Evidence.exact("misuse of the schedule", float(wrong), "1: stepped too often, or a warm-up without end")
+
+
+def whole_batches(case: Case) -> Evidence | None:
+    """1 for an optimiser that compares one step's gradient or loss with the last one's."""
+    names = {str(o["name"]).rpartition(".")[2] for o in case.run.of("optimizer")}
+    return Evidence.exact("whole batches needed", float(bool(names & {"Rprop", "LBFGS"})), "1: by Rprop or L-BFGS")

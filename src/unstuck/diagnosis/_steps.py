@@ -9,12 +9,16 @@ from unstuck.diagnosis import _remedies as remedies
 from unstuck.diagnosis import _settings as settings
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import plain
+from unstuck.diagnosis._held_out import batches_trained_on
 from unstuck.diagnosis._hypothesis import (
+    AMISS,
     BLIND,
     DIVERGED,
     INF,
     LIFE,
     SIGHT,
+    SLOW,
+    SORTED,
     STUCK,
     Hypothesis,
     Prediction,
@@ -25,7 +29,8 @@ from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
 BEYOND = 5.0  # λ₁η from which on a lower rate need gain little (healthy runs that stand still: below 3.3)
-STEEP = 3.0  # λ₁η from which on neither noise nor a healthy run is met (measured: bouncing 2 to 145, noise below 0.7)
+SMALLEST = 4  # rows of a part of a batch
+EDGE = 2.0  # λ₁η up to which a step of the mean loss is stable (measured: bouncing 4 and more, noise below 1.5)
 
 
 def _diverged(case: Case) -> str:
@@ -80,7 +85,7 @@ def _lowered(case: Case) -> list[Remedy]:
     if motion.repeats_one_batch(case):
         return arms
     # it helps a step that the curvature makes bounce as well as one that noise does: λ₁η tells them apart
-    cause = "lr-bounces" if value(case, "curvature × rate") >= STEEP else "noise-floor"
+    cause = "lr-bounces" if value(case, "curvature × rate") >= EDGE else "noise-floor"
     return [*arms, remedies.larger_batch(4, proves=cause)]
 
 
@@ -183,6 +188,19 @@ def _unrelated(case: Case) -> str:
     )
 
 
+def _few_steps(case: Case) -> str:
+    return (
+        f"A batch holds {value(case, 'batch over the data'):.0%} of the rows, so that a pass over them makes hardly "
+        "any progress: the gradient is exact, and there are too few steps along it."
+    )
+
+
+def _smaller(case: Case) -> list[Remedy]:
+    rows = len(case.once(batches_trained_on)[-1])
+    parts = [n for n in (8, 32) if rows // n >= SMALLEST]
+    return [remedies.smaller_batch(n, data.parted(case, n)) for n in parts]
+
+
 def _few_rows(case: Case) -> str:
     return (
         f"Batch norm has only {plain(value(case, 'numbers to a norm'))} numbers of a channel to take mean and spread "
@@ -190,7 +208,7 @@ def _few_rows(case: Case) -> str:
     )
 
 
-MIXED = Prediction("mixture of a batch", 0.7, INF, "the batches come sorted", needed=False)
+MIXED = Prediction("mixture of a batch", SORTED, INF, "the batches come sorted", needed=False)
 
 # whose premise stands in the script or in the data: weighed before what they lead to
 GIVEN: tuple[Hypothesis, ...] = (
@@ -205,7 +223,7 @@ GIVEN: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "dropout-too-high",
-        (DIVERGED, STUCK),
+        (DIVERGED, STUCK, SLOW),
         (Prediction("dropout", 0.6, 1, "dropout is at most {value:.0%}", premise=True),),
         _dropped,
         "Lower dropout; 0.1 to 0.5 is usual.",
@@ -214,7 +232,7 @@ GIVEN: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "loss-summed",
-        (DIVERGED, STUCK),
+        (DIVERGED, STUCK, SLOW),
         (Prediction("scale of the loss", 0.5, 2, "the loss is no sum over the rows of a batch", premise=True),),
         _too_loud,
         "Average the loss over the batch (reduction='mean'), or divide the rate by the number of rows.",
@@ -223,7 +241,7 @@ GIVEN: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "weight-decay-too-large",
-        (BLIND, STUCK),
+        (BLIND, STUCK, SLOW),
         (Prediction("share of weight decay", 0.3, INF, "weight decay makes {value:.0%} of the update", premise=True),),
         _decayed_away,
         "Lower the weight decay; 0.01 to 0.1 is usual where it is decoupled, 1e-4 where it is not.",
@@ -232,7 +250,7 @@ GIVEN: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "momentum-too-high",
-        (DIVERGED, STUCK),
+        (DIVERGED, STUCK, SLOW),
         (Prediction("momentum", 0.92, 1, "the momentum is {shown}", premise=True),),
         _swinging,
         "Use a momentum of 0.9.",
@@ -253,7 +271,7 @@ STEPS: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "clip-too-strong",
-        (STUCK,),
+        (STUCK, SLOW),
         (
             Prediction("what clipping leaves", 0, 0.1, "clipping leaves {value:.0%} of the gradient", premise=True),
             SIGHT,
@@ -265,7 +283,7 @@ STEPS: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "scheduler-misused",
-        (STUCK,),
+        (STUCK, SLOW),
         (
             SIGHT,
             Prediction(
@@ -282,7 +300,7 @@ STEPS: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "lr-decayed-early",
-        (STUCK,),
+        (STUCK, SLOW),
         (
             SIGHT,
             Prediction("steps at a lost rate", 1 / 3, 1, "the rate was lost in {value:.0%} of the steps", premise=True),
@@ -293,7 +311,7 @@ STEPS: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "adam-constants",
-        (STUCK,),
+        (STUCK, SLOW),
         (
             SIGHT,
             Prediction(
@@ -307,10 +325,10 @@ STEPS: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "lr-too-small",
-        (STUCK,),
+        (STUCK, SLOW),
         (
             SIGHT,
-            Prediction("trend", -0.15, INF, "the loss falls (ln by {value:.2f} in the last third of the run)"),
+            Prediction("trend", -0.5, INF, "the loss falls (ln by {value:.2f} in the last third of the run)"),
             Prediction(
                 "under ε", 0, 0.5, "ε holds the steps back ({value:.0%} of the weights lie under it)", needed=False
             ),
@@ -345,12 +363,12 @@ STEPS: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "not-shuffled",
-        (STUCK,),
+        (STUCK, SLOW, AMISS),
         (
             Prediction(
                 "mixture of a batch",
                 0,
-                0.7,
+                SORTED,
                 "the batches are mixed (their targets spread {value:.0%} as far as all)",
                 premise=True,
             ),
@@ -360,8 +378,21 @@ STEPS: tuple[Hypothesis, ...] = (
         decisive=True,
     ),
     Hypothesis(
+        "batch-too-large",
+        (STUCK, SLOW),
+        (
+            Prediction("batch over the data", data.LARGE, 1, "a batch holds {value:.0%} of the rows", premise=True),
+            Prediction("whole batches needed", 0, 0, "the optimiser needs the same loss at each step", premise=True),
+            Prediction("loss over chance", 0.15, INF, "the loss is down to {value:.0%} of what guessing earns"),
+        ),
+        _few_steps,
+        "Use smaller batches, or as many more passes; with a larger batch goes a higher rate, and a warm-up.",
+        _smaller,
+        origin=lambda case: case.start,
+    ),
+    Hypothesis(
         "batchnorm-tiny-batch",
-        (STUCK,),
+        (STUCK, SLOW),
         (Prediction("numbers to a norm", 0, 6, "batch norm has {shown} numbers of a channel to go by", premise=True),),
         _few_rows,
         "Use larger batches, or a norm that does not depend on them (layer norm, group norm).",
@@ -369,20 +400,21 @@ STEPS: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "lr-bounces",
-        (STUCK,),
+        (STUCK, SLOW),
         (
             SIGHT,
             LIFE,
             MIXED,
             Prediction("head-room", 0, 200, "the step is tiny: an update could be {shown} times as long"),
             Prediction(
-                "curvature × rate", 1, INF, "the step is small for the curvature (λ₁η = {shown}, bouncing: above 1)"
+                "curvature × rate", EDGE, INF, "the step is small for the curvature (λ₁η = {shown}, bouncing: above 2)"
             ),
         ),
         _bouncing,
         "Lower the learning rate to one that the trial accepts, or let it decay; a larger batch may help.",
         _lowered,
         evidence=("relative gradient",),
+        over_again=True,
     ),
     Hypothesis(
         "noise-floor",
@@ -391,12 +423,14 @@ STEPS: tuple[Hypothesis, ...] = (
             SIGHT,
             MIXED,
             Prediction("different batches", 2, INF, "every step uses the same batch: its gradient has no noise"),
-            Prediction("head-room", 0, 200, "the step is tiny: an update could be {shown} times as long"),
+            Prediction(
+                "head-room elsewhere", 0, 200, "the step is tiny: on another batch it could be {shown} times as long"
+            ),
             Prediction(
                 "curvature × rate",
                 0,
-                1,
-                "curvature limits the step before noise does (λ₁η = {shown}, noise: below 1)",
+                EDGE,
+                "curvature limits the step before noise does (λ₁η = {shown}, noise: below 2)",
             ),
         ),
         _noisy,

@@ -8,13 +8,13 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unstuck.diagnosis._case import Case, clipped, rebuilt
+from unstuck.diagnosis._case import Case, clipped, distinct, examples_in, rebuilt
 from unstuck.diagnosis._findings import Arm, Trial
 from unstuck.diagnosis._structure import mean_loss
 from unstuck.objective import Tape, TapeError
@@ -24,6 +24,7 @@ STEPS, COOLDOWN = 60, 30
 LEAST = math.log(0.95)  # an accepted remedy ends at least 5 % lower than the control
 RESTLESS = 0.02  # a null arm that moves further than this asks for more orders
 ORDERS = 5
+ROWS = 200  # to judge by, at the least
 FEW = 90  # recorded steps that an arm may learn by heart: fewer than it takes itself
 BY_HEART = 0.05  # how much further the loss of the control falls on what it trains on, as ln, where it does
 STUDENT = 2.5  # the 97.5 % quantile of Student's t for some six degrees of freedom
@@ -43,6 +44,7 @@ class Fork:
     together: int = 1  # recorded batches a step
     clip: float = math.inf  # the norm that gradients are shortened to
     altered: Callable[[Tape], Tape] = lambda tape: tape  # what it is given instead of a recorded step
+    parted: Callable[[Tape], Sequence[Tape]] = lambda tape: (tape,)  # the steps that it takes in the place of one
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
     def scale_rate(self, factor: float) -> None:
@@ -67,6 +69,7 @@ class Remedy:
     proves: str = ""  # the code of the cause that it proves where it wins, if not of the one that tries it
     least: float = LEAST  # how far below the control it must end, as ln of the two losses' ratio
     judged: Callable[[Tape], Tape] | None = None  # what all arms are judged on instead of the recorded steps
+    once: bool = False  # whether all arms are to pass over the recorded steps once, as many as there are
 
 
 def fork(state: State, clip: float = math.inf) -> Fork:
@@ -87,39 +90,88 @@ def run_trial(
     remedies: Sequence[Remedy],
     *,
     state: State | None = None,
+    unseen: Sequence[Tape] = (),
     progress: Progress | None = None,
 ) -> Trial:
     """Tries remedies beside the control and a null arm from `state` (by default where the run stands).
 
     An arm is accepted when its interval excludes 0 and it ends as far below the control as it must, twice as far
     as the null arm strayed, and no higher than it started. Where the null arm strays by more than 2 % the state is
-    chaotic: all arms are repeated over shuffled orders, and the null arms count as controls. ValueError where the run
-    cannot be continued.
+    chaotic: all arms are repeated over shuffled orders, and the null arms count as controls. Where so few steps were
+    recorded that the control learns them by heart, the arms pass over them once and are judged on `unseen` rows, which
+    the run is not trained on. ValueError where the run cannot be continued, or nothing is left to compare by.
     """
     state = state or case.state
     if state is None or len(case.tapes) < 8:
         raise ValueError(
             f"a trial needs 8 recorded steps and finite weights, the run has {len(case.tapes)} recorded steps"
         )
+    courses = [_course(case, unseen)]
+    once = any(r.once for r in remedies)
+    if unseen:
+        courses = [_once(case, unseen)] if once else [*courses, _once(case, unseen)]
+    elif once:
+        courses = [_once(case, distinct(case.tapes))]
+    for course in courses:
+        found = _compared(case, course, remedies, state, progress)
+        if found is not None:
+            return found
+    raise ValueError(f"a trial of {len(courses[0].train)} recorded steps learns them by heart: more are needed")
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What the arms of a trial are put through."""
+
+    train: Sequence[Tape]
+    judge: Sequence[Tape]
+    steps: int = STEPS
+    cooldown: int = COOLDOWN
+    telling: bool = False  # whether it tells something though the arms may learn their steps by heart
+    ceiling: float = math.inf  # a loss at which an arm is given up
+
+    @property
+    def held_out(self) -> bool:
+        return not {id(t) for t in self.train} & {id(t) for t in self.judge}
+
+
+def _course(case: Case, unseen: Sequence[Tape]) -> _Course:
     train, judge = case.split
-    other = next((r.judged for r in remedies if r.judged is not None), None)
+    if sum(map(examples_in, judge)) < ROWS <= sum(map(examples_in, unseen)):
+        train, judge = case.tapes, unseen
+    return _Course(train, judge, telling=len(train) >= FEW)
+
+
+def _once(case: Case, judge: Sequence[Tape]) -> _Course:
+    """One pass over the recorded steps, at most as many as usual."""
+    steps = min(len(case.tapes), STEPS + COOLDOWN)
+    cooldown = max(steps * COOLDOWN // (STEPS + COOLDOWN), 1)
+    return _Course(case.tapes[-steps:], judge, steps - cooldown, cooldown, telling=True)
+
+
+def _compared(
+    case: Case, course: _Course, remedies: Sequence[Remedy], state: State, progress: Progress | None
+) -> Trial | None:
+    """The arms of a trial; None where its steps are learned by heart, so that whatever learns less would win."""
     arms = [
         ("as it is", "control", None),
         *((r.name, "remedy", r.apply) for r in remedies),
         ("nothing but a nudge", "null", nudge),
     ]
     make = functools.partial(fork, state, case.clip)
+    other = next((r.judged for r in remedies if r.judged is not None), None)
     if other is not None:
-        judge = [other(t) for t in judge]
-    orders = [_all_arms(make, arms, train, judge, order=0, progress=progress)]
+        course = replace(course, judge=[other(t) for t in course.judge])
+    begin = math.log(max(mean_loss(state.weights, course.judge), FLOOR))
+    course = replace(course, ceiling=HOPELESS * max(math.exp(begin), 1e-3))
+    orders = [_all_arms(make, arms, course, order=0, progress=progress)]
     if abs(orders[0][-1].level - orders[0][0].level) > RESTLESS:
-        orders += [_all_arms(make, arms, train, judge, order=k, progress=progress) for k in range(1, ORDERS)]
-    begin = math.log(max(mean_loss(state.weights, judge), FLOOR))
-    if len(train) < FEW:
-        _check_learning(orders[0][0], begin, math.log(max(mean_loss(state.weights, train), FLOOR)), len(train))
+        orders += [_all_arms(make, arms, course, order=k, progress=progress) for k in range(1, ORDERS)]
+    if not course.telling and _by_heart(orders[0][0], begin, state, course):
+        return None
     least = [LEAST, *(r.least for r in remedies), LEAST]
     made = [_arm(arm, [order[k] for order in orders], orders, begin, least[k]) for k, arm in enumerate(arms)]
-    return Trial(tuple(made), STEPS, COOLDOWN, held_out=not {id(t) for t in train} & {id(t) for t in judge})
+    return Trial(tuple(made), course.steps, course.cooldown, held_out=course.held_out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,15 +188,14 @@ class _Result:
 def _all_arms(
     make: Callable[[], Fork],
     arms: Sequence[tuple],
-    train: Sequence[Tape],
-    judge: Sequence[Tape],
+    course: _Course,
     *,
     order: int,
     progress: Progress | None,
 ) -> list[_Result]:
     if order:
-        shuffled = torch.randperm(len(train), generator=torch.Generator().manual_seed(order)).tolist()
-        train = [train[k] for k in shuffled]
+        shuffled = torch.randperm(len(course.train), generator=torch.Generator().manual_seed(order)).tolist()
+        course = replace(course, train=[course.train[k] for k in shuffled])
     results = []
     for k, (name, _, apply) in enumerate(arms):
         if progress is not None:
@@ -152,17 +203,20 @@ def _all_arms(
         copy = make()
         if apply is not None:
             apply(copy)
-        results.append(_train(copy, train, judge))
+        results.append(_train(copy, course))
     return results
 
 
-def _train(copy: Fork, train: Sequence[Tape], judge: Sequence[Tape]) -> _Result:
+def _train(copy: Fork, course: _Course) -> _Result:
     rates = [group["lr"] for group in copy.optimizer.param_groups]
-    train, judge = [copy.altered(t) for t in train], [copy.altered(t) for t in judge]
+    train = [part for t in course.train for part in copy.parted(copy.altered(t))]
+    judge = [copy.altered(t) for t in course.judge]
+    each = len(train) // len(course.train)
+    steps, cooldown = each * (course.steps + course.cooldown), each * course.cooldown
     curve: list[float] = []
     taken = 0
-    for k in range(STEPS + COOLDOWN):
-        share = min(1.0, (STEPS + COOLDOWN - k) / COOLDOWN)
+    for k in range(steps):
+        share = min(1.0, (steps - k) / cooldown)
         for group, rate in zip(copy.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * share
         batch = [train[(taken + j) % len(train)] for j in range(copy.together)]
@@ -173,7 +227,7 @@ def _train(copy: Fork, train: Sequence[Tape], judge: Sequence[Tape]) -> _Result:
         except TapeError:
             return _Result(tuple(curve), ())
         curve.append(float(loss.detach()))
-        if not math.isfinite(curve[-1]) or curve[-1] > HOPELESS * max(curve[0], 1e-3):
+        if not math.isfinite(curve[-1]) or curve[-1] > course.ceiling:
             return _Result(tuple(curve), ())
         loss.backward()
         clipped(copy.weights, copy.clip)
@@ -183,13 +237,14 @@ def _train(copy: Fork, train: Sequence[Tape], judge: Sequence[Tape]) -> _Result:
     return _Result(tuple(curve), end if all(math.isfinite(x) for x in end) else ())
 
 
-def _check_learning(control: _Result, begin: float, begin_of_training: float, count: int) -> None:
-    """ValueError where the control learns its few batches by heart: then whatever learns less would win."""
+def _by_heart(control: _Result, begin: float, state: State, course: _Course) -> bool:
+    """Whether the control learns its few batches by heart: its loss falls further on them than on the others."""
+    count = len(course.train)
     if not control.end or len(control.curve) < count:
-        return
-    trained = math.log(max(statistics.fmean(control.curve[-count:]), FLOOR)) - begin_of_training
-    if control.level - begin > trained + BY_HEART:
-        raise ValueError(f"a trial of {count} recorded steps learns them by heart: more are needed to compare by")
+        return False
+    before = math.log(max(mean_loss(state.weights, course.train), FLOOR))
+    trained = math.log(max(statistics.fmean(control.curve[-count:]), FLOOR)) - before
+    return control.level - begin > trained + BY_HEART
 
 
 def _arm(
