@@ -41,7 +41,7 @@ class Hypothesis:
     """A cause, the symptoms it can explain, what it predicts, and the remedies that should then work.
 
     It falls when a quantity lies outside its prediction. What survives has its remedies tried; without remedies it can
-    be suspected, never proved.
+    be suspected, never proved, or shown where its predictions are decisive.
     """
 
     code: str
@@ -54,6 +54,7 @@ class Hypothesis:
     evidence: tuple[str, ...] = ()  # quantities to show beside the predicted ones
     suspected: bool = False  # whether its predictions alone make it a SUSPECT, whatever the symptom
     decisive: bool = False  # whether its predictions alone show it, should the trial not prove it
+    experiment: tuple[Prediction, ...] = ()  # as dear as a trial: weighed when nothing before it is proved or shown
 
 
 def symptom(case: Case) -> str | None:
