@@ -21,7 +21,17 @@ from unstuck.diagnosis._findings import (
 )
 from unstuck.diagnosis._held_out import held_out, unseen
 from unstuck.diagnosis._hypotheses import HYPOTHESES, MEASURES
-from unstuck.diagnosis._hypothesis import AMISS, BLIND, DIVERGED, SLOW, STUCK, Hypothesis, at_chance, symptom
+from unstuck.diagnosis._hypothesis import (
+    AMISS,
+    BLIND,
+    DIVERGED,
+    SLOW,
+    STUCK,
+    Hypothesis,
+    Prediction,
+    at_chance,
+    symptom,
+)
 from unstuck.diagnosis._structure import dead_layers
 from unstuck.diagnosis._trial import Progress, Remedy, run_trial
 from unstuck.diagnosis._validation import CHECKS, validation_findings
@@ -109,7 +119,7 @@ def _eliminate(
     for k, h in enumerate(hypotheses):
         if progress is not None:
             progress(f"checking {h.code}", 0.4 * k / len(hypotheses))
-        refuted, missing = _judge(case, h)
+        refuted, missing = _judge(case, h.predictions)
         if refuted is not None:
             ruled_out += [RuledOut(h.code, refuted)] if refuted else []
         elif missing is not None:
@@ -128,10 +138,10 @@ def _eliminate(
     return findings, open_questions
 
 
-def _judge(case: Case, h: Hypothesis) -> tuple[str | None, str | None]:
+def _judge(case: Case, predictions: Sequence[Prediction]) -> tuple[str | None, str | None]:
     """The sentence that refutes a hypothesis, empty where its premise is not given, or the quantity that is missing."""
     missing = None
-    for p in sorted(h.predictions, key=lambda p: not p.premise):
+    for p in sorted(predictions, key=lambda p: not p.premise):
         holds = p.holds(case)
         if holds is False:
             found = case[p.quantity]
@@ -146,6 +156,9 @@ def _tried(
     case: Case, h: Hypothesis, hypotheses: Sequence[Hypothesis], sign: str, progress: Progress | None
 ) -> tuple[list[Finding], list[RuledOut], dict[str, str]]:
     """What the survivor's own remedies make of it: a finding, a refutation, or why it stays open."""
+    refuted, missing = _judge(case, h.experiment)
+    if refuted is not None or missing is not None:
+        return [], [RuledOut(h.code, refuted)] if refuted else [], {} if missing is None else {h.code: missing}
     remedies = h.remedies(case)
     trial, because = _tested(case, h, remedies, h.origin(case), progress)
     if h.over_again and trial is not None and h.code not in _proved(h, remedies, trial):
@@ -196,7 +209,9 @@ def _finding(case: Case, h: Hypothesis, word: str, advice: str, trial: Trial | N
 
 def _evidence(case: Case, h: Hypothesis) -> tuple[Evidence, ...]:
     """The quantities that the hypothesis predicted, after the ones that make the symptom."""
-    names = dict.fromkeys(("loss over chance", "trend", *h.evidence, *(p.quantity for p in h.predictions)))
+    names = dict.fromkeys(
+        ("loss over chance", "trend", *h.evidence, *(p.quantity for p in (*h.predictions, *h.experiment)))
+    )
     return tuple(found for name in names if (found := case[name]) is not None)
 
 

@@ -212,7 +212,7 @@ def trained_on(case: Case) -> Answers | None:
     return _answers(found.call.name, o, y)
 
 
-def _input_place(case: Case) -> int | None:
+def input_place(case: Case) -> int | None:
     """The constant of the usual program that is its only input."""
     if not case.tapes:
         return None
@@ -221,7 +221,7 @@ def _input_place(case: Case) -> int | None:
 
 
 def _inputs(case: Case, e: Evaluation, rows: int) -> Tensor | None:
-    place = case.once(_input_place)
+    place = case.once(input_place)
     if place is None:
         return None
     like = case.once(wires)[0].recent[-1].constants[place]
@@ -231,7 +231,7 @@ def _inputs(case: Case, e: Evaluation, rows: int) -> Tensor | None:
 
 def batches_trained_on(case: Case) -> tuple[Tensor, ...]:
     """The inputs of the recorded steps, each different batch once."""
-    place = case.once(_input_place)
+    place = case.once(input_place)
     if place is None:
         return ()
     found = [c[place] for t in case.once(wires)[0].tapes for c in t.of_shares(t.constants)]
@@ -241,7 +241,7 @@ def batches_trained_on(case: Case) -> tuple[Tensor, ...]:
 
 def one_target_a_row(case: Case) -> bool:
     """Whether the training compares one number with each row of its inputs."""
-    place = case.once(_input_place)
+    place = case.once(input_place)
     found = None if place is None else comparison(case.once(wires)[0].program)
     if found is None or found.targets is None or type(at := found.call.args[found.targets]) is not Constant:
         return False
@@ -279,7 +279,7 @@ def _keys(rows: Tensor) -> list[bytes]:
 
 def asked(case: Case, inputs: Tensor) -> Tensor | None:
     """The outputs for other rows at the last weights, without dropout; None where the program cannot take them."""
-    place, w = case.once(_input_place), case.once(wires)[0]
+    place, w = case.once(input_place), case.once(wires)[0]
     found = comparison(w.program)
     if place is None or found is None or case.state is None:
         return None
@@ -302,7 +302,7 @@ def asked(case: Case, inputs: Tensor) -> Tensor | None:
 def unseen(case: Case) -> tuple[Tape, ...]:
     """The held-out rows as steps that a trial can be judged by; none where they are answered in quite another way."""
     found = comparison(case.once(wires)[0].program) if case.tapes else None
-    place = case.once(_input_place)
+    place = case.once(input_place)
     if place is None or found is None or found.targets is None or case.state is None:
         return ()
     aim = found.call.args[found.targets]
@@ -330,6 +330,15 @@ def _as_steps(case: Case, rows: HeldOut, place: int, aim: int, size: int) -> tup
         change = exchanged(tape.program, of, lambda c, k, of=of: of[k].reshape(-1, *c.shape[1:]).to(c))
         steps.append(change(tape))
     return tuple(steps)
+
+
+def answers_for(case: Case, inputs: Tensor, targets: Tensor) -> Answers | None:
+    """The answers for recorded rows at the last weights, beside what the training compares them with."""
+    found, outputs = comparison(case.once(wires)[0].program), asked(case, inputs)
+    if found is None or outputs is None:
+        return None
+    o = torch.logit(outputs.double(), SURE) if found.call.name == "binary_cross_entropy" else outputs
+    return _answers(found.call.name, o, targets)
 
 
 def certain(difference: Tensor) -> float:

@@ -1,14 +1,17 @@
 """The causes that only a measurement tells apart: what each predicts, what refutes it, and what should cure it."""
 
+from unstuck.diagnosis import _capacity as capacity
 from unstuck.diagnosis import _data as data
 from unstuck.diagnosis import _layers as layers
 from unstuck.diagnosis import _motion as motion
+from unstuck.diagnosis import _separable as separable
 from unstuck.diagnosis import _settings as settings
 from unstuck.diagnosis import _start as start
 from unstuck.diagnosis import _structure as structure
 from unstuck.diagnosis._begins import BEGINS, SATURATED
 from unstuck.diagnosis._case import Measure
 from unstuck.diagnosis._hypothesis import Hypothesis
+from unstuck.diagnosis._limits import SEPARABLE, SMALL
 from unstuck.diagnosis._origins import ORIGINS
 from unstuck.diagnosis._steps import GIVEN, STEPS
 
@@ -55,6 +58,12 @@ MEASURES: dict[str, Measure] = {
     "what neighbours tell": data.neighbours,
     "whole batches needed": settings.whole_batches,
     "batch over the data": data.share_of_the_data,
+    "rows on the wrong side": separable.wrong_side,
+    "on the wrong side under a logistic loss": separable.under_logistic,
+    "on the wrong side under its own loss": separable.under_squared,
+    "loss of the same rows": capacity.left,
+    "what a wide network leaves": capacity.wide,
+    "what its own network gains": capacity.gained,
     "dropout": layers.dropout_rate,
     "numbers to a norm": layers.rows_per_norm,
     "scale of the loss": layers.loss_scale,
@@ -64,4 +73,4 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-HYPOTHESES: tuple[Hypothesis, ...] = (*GIVEN, *BEGINS, *ORIGINS, SATURATED, *STEPS)
+HYPOTHESES: tuple[Hypothesis, ...] = (SEPARABLE, *GIVEN, *BEGINS, *ORIGINS, SATURATED, *STEPS, SMALL)

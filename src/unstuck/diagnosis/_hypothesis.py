@@ -43,7 +43,7 @@ class Hypothesis:
     """A cause, the symptoms it can explain, what it predicts, and the remedies that should then work.
 
     It falls when a quantity lies outside its prediction. What survives has its remedies tried; without remedies it can
-    be suspected, never proved.
+    be suspected, never proved, or shown where its predictions are decisive.
     """
 
     code: str
@@ -57,6 +57,7 @@ class Hypothesis:
     suspected: bool = False  # whether its predictions alone make it a SUSPECT, whatever the symptom
     over_again: bool = False  # whether a trial that failed is followed by one from the first weights
     decisive: bool = False  # whether its predictions alone show it, should the trial not prove it
+    experiment: tuple[Prediction, ...] = ()  # as dear as a trial: weighed when nothing before it is proved or shown
 
 
 def symptom(case: Case) -> str | None:
