@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from clinic import agree, fingerprints, kept
+from clinic import ablation, agree, fingerprints, kept, pieces
 from clinic.board import CALIBRATED, HELD_PROGRAMS, board, is_among_three, wilson
 from clinic.cells import Case
 from clinic.data import Data
@@ -504,6 +504,66 @@ def test_an_exact_fault_is_told_within_two_steps(runs):
     found = examine(ill_case("tabular", "parameters-not-optimised"), runs)
     assert 1 <= found["told"] <= found["findings"][0]["step"] + 2
     assert found["findings"][0]["where"]
+
+
+# Pieces taken away
+
+
+def test_what_rests_on_a_piece_is_computed_again_without_it_and_the_rest_is_not():
+    notes, done = pieces.Notes({}), []
+
+    def inner(without):
+        done.append("inner")
+        notes.use(("quantity", "inner"))
+        return 1
+
+    def outer(without):
+        done.append("outer")
+        notes.use(("quantity", "outer"))
+        return 1 + notes.recall("inner", lambda: inner(without), without)
+
+    def asked(*pieces_away):
+        done.clear()
+        without = frozenset(("quantity", name) for name in pieces_away)
+        assert notes.recall("outer", lambda: outer(without), without) == 2
+        return list(done)
+
+    assert asked() == ["outer", "inner"]
+    assert notes.stack[0] == {("quantity", "outer"), ("quantity", "inner")}
+    assert asked() == asked("another") == []
+    assert asked("inner") == ["outer", "inner"]
+    assert asked("outer") == ["outer"]
+    assert asked() == []
+
+
+def test_the_worth_of_a_piece_is_what_is_lost_without_it(runs):
+    case = ill_case("regression", "dead-units")
+    examine(case, runs)
+    found = ablation.ablated(case, runs)
+    assert [(f["code"], f["word"]) for f in found["findings"]] == [("dead-units", "PROVED")]
+    assert found["without"]["trial dead-units"][0] == {"code": "dead-units", "word": "SHOWN"}
+    worth = ablation.worth([found])
+    assert worth["quantity dead units"]["right"] == 1
+    assert worth["trial dead-units"]["right"] == 0
+    assert worth["validation leakage"]["used in"] == 0
+
+
+def test_what_is_remembered_changes_no_diagnosis(runs):
+    case = Case("mlp")
+    examine(case, runs)
+    folder = folder_of(case, runs) / "run"
+    run = pieces.Kept(folder)
+    _, used = run.diagnosed()
+    for parts in [pieces.NONE, *(p for p in pieces.PIECES.values() if p & used)]:
+        assert run.diagnosed(parts)[0].to_json() == pieces.Kept(folder).diagnosed(parts)[0].to_json()
+    assert run.diagnosed()[0].to_json() == said_of(folder_of(case, runs))
+
+
+def test_the_table_of_the_page_stands_between_its_marks():
+    result = ablation.summary([])
+    once = ablation.page_with(result, ablation.PAGE.read_text(encoding="utf-8"))
+    assert ablation.page_with(result, once) == once
+    assert once.startswith(ablation.PAGE.read_text(encoding="utf-8").partition(ablation.BEGIN)[0])
 
 
 def test_what_is_smoked_is_part_of_the_whole():
