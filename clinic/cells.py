@@ -1,23 +1,19 @@
-"""One cell of the clinic: a training in a process of its own, watched and diagnosed by the command as a user's is."""
+"""One cell of the clinic: what is run, and a process of its own to run it in."""
 
 import contextlib
-import json
 import os
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import unstuck.report  # so that a process begins warm
 from clinic import train  # noqa: F401  for the same reason
-from unstuck import cli
 
 HERE = Path(__file__).parent
 SCRIPTS = {f"heldout/{path.stem}": path for path in sorted((HERE / "heldout").glob("[a-z]*.py"))}
@@ -51,45 +47,11 @@ class Case:
         return ["-m", "clinic.train", self.program, *options]
 
 
-def examine(case: Case) -> dict[str, Any]:
-    """Runs one cell in a fork of this process; what was said of it, as plain values."""
-    with tempfile.TemporaryDirectory() as folder:
-        out, log = Path(folder, "diagnosis.json"), Path(folder, "run")
-
-        def work():
-            sys.argv = ["unstuck", "run", "--out", str(log), "--json", str(out), *case.command]
-            cli.main()
-
-        began = time.perf_counter()
-        status, printed = forked(work, folder)
-        wall = time.perf_counter() - began
-        said = json.loads(out.read_text()) if out.exists() else {}
-    trouble = "" if status == 0 and said else f"status {status}: {printed[-300:]}"
-    findings = [{"code": f["code"], "word": f["word"], "cure": _cure(f["remedies"])} for f in said.get("findings", ())]
-    unjudged = [gap["code"] for gap in said.get("not_checked", ())]
-    ran = said.get("seconds", wall)
-    return {
-        "case": asdict(case),
-        "findings": findings,
-        "steps": said.get("steps", 0),
-        "seconds": round(ran, 3),
-        "verdict_seconds": round(wall - ran, 3),
-        "overhead": said.get("overhead", {}).get("share", "nan"),
-        "known": case.fault in [*said.get("checked", ()), *unjudged],  # else no diagnosis could name it
-        "not_checked": unjudged,
-        "trouble": trouble,
-    }
-
-
-def _cure(remedies: list[dict[str, Any]]) -> str:
-    accepted = [r for r in remedies if r["accepted"]]
-    return min(accepted, key=lambda r: float(r["effect"]))["remedy"] if accepted else ""
-
-
-def forked(work: Callable[[], object], folder: str | Path) -> tuple[int, str]:
-    """Runs `work` in a fork: its exit status, and what it printed on either stream."""
+def forked(work: Callable[[], object], folder: str | Path) -> tuple[int, str, float]:
+    """Runs `work` in a fork: its exit status, what it printed on either stream, and the seconds that it took."""
     _warm()
     place = Path(folder, "printed")
+    began = time.perf_counter()
     file = os.open(place, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that of forks in a process with threads: torch's are idle
@@ -98,7 +60,7 @@ def forked(work: Callable[[], object], folder: str | Path) -> tuple[int, str]:
         _child(work, file)
     os.close(file)
     status = _wait(pid)
-    return status, place.read_text(errors="replace")
+    return status, place.read_text(errors="replace"), time.perf_counter() - began
 
 
 def _child(work: Callable[[], object], file: int) -> None:

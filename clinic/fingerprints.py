@@ -1,5 +1,6 @@
 """What a kept result depends on, in sixteen digits: where they have changed, it is measured again."""
 
+import ast
 import functools
 import hashlib
 import inspect
@@ -8,22 +9,54 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import torch
+
 import unstuck
 from clinic import data, programs, training
 from clinic.cells import SCRIPTS, Case
 from clinic.faults import FAULTS
 from clinic.healthy import OPTIMISERS, RATES, VARIANTS
+from unstuck import cli
 
 
 def digits(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+def of_training(case: Case) -> str:
+    """Of what a kept training depends on: its own sources, the rooms that record it, the command, torch."""
+    return digits(of_case(case), of_room("record"), inspect.getsource(cli.run), torch.__version__)
+
+
+def of_diagnosis() -> str:
+    """Of what the diagnosis of a kept training depends on."""
+    return digits(of_room("diagnosis"), torch.__version__)
+
+
 @functools.cache
-def of_package() -> str:
-    """Of the sources of unstuck."""
-    package = Path(unstuck.__file__).parent
-    return digits(*(path.read_text() for path in sorted(package.rglob("*.py"))))
+def of_room(room: str) -> str:
+    """Of the code of a room of unstuck and of all that it imports; comments do not count."""
+    found: dict[str, str] = {}
+    todo = [room]
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            trees = [ast.parse(path.read_text(encoding="utf-8")) for path in _files(name)]
+            found[name] = digits(*map(ast.dump, trees))
+            todo += [other for tree in trees for other in _imported(tree)]
+    return digits(*(found[name] for name in sorted(found)))
+
+
+def _files(room: str) -> list[Path]:
+    house = Path(unstuck.__file__).parent
+    return sorted((house / room).rglob("*.py")) or [house / f"{room}.py"]
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    """The rooms that a file imports from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unstuck."):
+            yield str(node.module).split(".")[1]
 
 
 def of_case(case: Case) -> str:

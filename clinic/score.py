@@ -6,10 +6,14 @@ python -m clinic.score --fault saddle --program mlp
 python -m clinic.score --healthy --seeds 2            all that must stay silent
 python -m clinic.score                                everything, with two seeds: hours; it goes on where it stopped
 
-A cell is kept in clinic/results/cells.jsonl and is run again only when the sources of unstuck or its own have changed.
+What was said of a cell is kept in clinic/results/cells.jsonl, its training in clinic/results/runs. It is trained again
+only when its own sources or those that record it have changed; after a change of the diagnosis alone the kept training
+is diagnosed again.
 """
 
 import argparse
+import functools
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -19,14 +23,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from clinic import fingerprints, kept
-from clinic.board import board, tables
-from clinic.cells import HERE, SCRIPTS, Case, examine
+from clinic import fingerprints, kept, recordings
+from clinic.board import board
+from clinic.cells import HERE, SCRIPTS, Case
 from clinic.faults import FAULTS, STRENGTHS
 from clinic.harm import mutants
 from clinic.healthy import OPTIMISERS, RATES, VARIANTS
 from clinic.heldout import FAULTY
 from clinic.programs import PROGRAMS
+from clinic.recordings import Row
+from clinic.tables import show
 
 CELLS = HERE / "results" / "cells.jsonl"
 
@@ -75,6 +81,24 @@ def well(seeds: int) -> list[Case]:
     return cases
 
 
+def chosen(args: argparse.Namespace) -> list[Case]:
+    """The cells that the command asks for."""
+    cases = list(SMOKE)
+    if not args.smoke:
+        cases = [] if args.healthy else ill(args.fault, args.strength or STRENGTHS, args.seeds)
+        cases += [] if args.fault else well(args.seeds)
+    return [case for case in cases if not args.program or case.program in args.program]
+
+
+def measured(cases: Sequence[Case], cells: Path, *, workers: int, console: Console) -> list[Row]:
+    """What is said of each cell: read, or else worked out in so many processes."""
+    said_by = fingerprints.digits(fingerprints.of_diagnosis(), inspect.getsource(recordings))
+    named = [(case, f"{fingerprints.of_training(case)}-{said_by}") for case in cases]
+    work = functools.partial(recordings.examine, runs=cells.with_name("runs"))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as executor:
+        return kept.measure(named, work, cells, executor=executor, console=console)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -86,28 +110,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--strength", action="append", default=[], choices=STRENGTHS)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--cells", type=Path, default=CELLS, help="the file that keeps them")
+    parser.add_argument(
+        "--cells",
+        type=Path,
+        default=CELLS,
+        help="the file that keeps what was said; the trainings lie beside it, in runs",
+    )
     parser.add_argument("--output", type=Path, help="where to write the scoreboard as JSON")
     args = parser.parse_args(argv)
 
-    cases = list(SMOKE)
-    if not args.smoke:
-        cases = [] if args.healthy else ill(args.fault, args.strength or STRENGTHS, args.seeds)
-        cases += [] if args.fault else well(args.seeds)
-    cases = [case for case in cases if not args.program or case.program in args.program]
     console = Console(width=None if sys.stdout.isatty() else 150)
-    named = [(case, f"{fingerprints.of_case(case)}-{fingerprints.of_package()}") for case in cases]
-    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as executor:
-        rows = kept.measure(named, examine, args.cells, executor=executor, console=console)
+    rows = measured(chosen(args), args.cells, workers=args.workers, console=console)
     found = board(rows, mutants())
-    for table in tables(found):
-        console.print(table)
-    for line in found["failures"]:
-        console.print(line, markup=False, highlight=False)
-    console.print(f"right cause first: {found['faulty']['first']} of {found['faulty']['runs']} faulty runs")
-    console.print(f"a verdict costs: {found['cost']}")
-    silent = found["healthy"]["runs"] - found["healthy"]["alarmed"]
-    console.print(f"silent: {silent} of {found['healthy']['runs']} healthy runs")
+    show(found, console)
+    size = recordings.size_of(args.cells.with_name("runs"))
+    console.print(f"the kept trainings take {size / 1e6:,.0f} MB")
     if args.output:
         args.output.write_text(json.dumps({"environment": kept.environment(), **found}, indent=1) + "\n")
     if not args.smoke:

@@ -7,18 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from clinic import fingerprints, kept
-from clinic.board import board
-from clinic.cells import Case, examine
+from clinic import ablation, agree, fingerprints, kept, pieces
+from clinic.board import CALIBRATED, HELD_PROGRAMS, board, is_among_three, wilson
+from clinic.cells import Case
 from clinic.data import Data
 from clinic.faults import FAULTS, STRENGTHS
 from clinic.harm import judge
 from clinic.healthy import OPTIMISERS, RATES, VARIANTS
 from clinic.programs import HELD_OUT, PROGRAMS
+from clinic.recordings import again, examine, folder_of, said_of
 from clinic.score import SMOKE, ill, well
 from clinic.train import prepared
 from clinic.training import train
 from rich.console import Console
+from scipy.stats import binomtest
 from torch import nn
 
 PLACES = [(code, program) for code, fault in FAULTS.items() for program in fault.strengths]
@@ -297,28 +299,56 @@ def test_a_fingerprint_sees_what_the_change_of_a_fault_calls():
     assert fingerprints.sources(0.5) == ["0.5"]
 
 
+def test_a_fingerprint_of_a_room_is_that_of_its_code_and_of_the_rooms_that_it_uses(tmp_path, monkeypatch):
+    for room, text in {
+        "record": "from unstuck.objective import x\n",
+        "objective": "x = 1\n",
+        "optim": "y = 1\n",
+    }.items():
+        (tmp_path / room).mkdir()
+        (tmp_path / room / "__init__.py").write_text(text)
+    monkeypatch.setattr(fingerprints.unstuck, "__file__", str(tmp_path / "__init__.py"))
+
+    def after(room, text):
+        (tmp_path / room / "__init__.py").write_text(text)
+        fingerprints.of_room.cache_clear()
+        return fingerprints.of_room("record")
+
+    try:
+        before = after("objective", "x = 1\n")
+        assert after("objective", "x = 1  # the same\n") == before
+        assert after("optim", "y = 2\n") == before
+        assert after("objective", "x = 2\n") != before
+    finally:
+        fingerprints.of_room.cache_clear()
+
+
 # The scoreboard
 
 
-def row(program, fault, *findings, strength="clear", trouble=""):
+def row(program, fault, *findings, strength="clear", trouble="", variant="", open_causes=(), told=None):
     case = {
         "program": program,
         "fault": fault,
         "strength": strength if fault else "",
-        "variant": "",
+        "variant": variant,
         "optimiser": "",
         "seed": 0,
     }
-    found = [{"code": code, "word": word, "cure": ""} for code, word in findings]
-    numbers = {"steps": 100, "seconds": 1.0, "verdict_seconds": 0.5, "overhead": 0.1}
-    known = fault == "saddle"
+    found = [{"code": code, "word": word, "cure": "", "step": 1, "where": "w"} for code, word in findings]
     return {
         "key": f"{program} {fault} x",
         "case": case,
         "findings": found,
         "trouble": trouble,
-        "known": known,
-        **numbers,
+        "known": fault == "saddle",
+        "not_checked": list(open_causes),
+        "told": told,
+        "steps": 100,
+        "seconds": 1.0,
+        "step_seconds": 0.005,
+        "verdict_seconds": 0.5,
+        "overhead": 0.1,
     }
 
 
@@ -337,13 +367,72 @@ def test_the_board_counts_what_a_reader_would():
     assert found["faulty"] == {"runs": 4, "first": 1, "among three": 2, "family": 2}
     assert found["of causes that it knows"]["runs"] == 3
     assert found["healthy"] == {"runs": 3, "alarmed": 1, "sure": 0}
-    assert found["parts"]["held out"]["runs"] == 2
-    assert found["parts"]["held out"]["alarmed"] == 1
-    assert found["words"]["SHOWN"] == {"said": 2, "right": 0, "right family": 1}
-    assert found["words"]["SUSPECT"] == {"said": 1, "right": 0, "right family": 0}
-    assert found["confusion"]["saddle"] == {"saddle": 1, "zero-init": 1, "graph-cut": 1}
-    assert found["cost"]["steps, median"] == 50
+    assert found["parts"][HELD_PROGRAMS]["runs"] == 2
+    assert found["parts"][HELD_PROGRAMS]["alarmed"] == 1
+    assert found["parts"][CALIBRATED]["words"]["PROVED"]["right"] == 1
+    assert found["words"]["SHOWN"] == {"said": 2, "right": 0, "right family": 1, "interval": [0.0, 0.658]}
+    assert found["words"]["SUSPECT"]["said"] == 1
+    assert ["saddle", "zero-init", 1] in found["confusion"]
+    assert ["healthy", "—", 2] in found["confusion"]
+    assert sum(n for _, _, n in found["confusion"]) == 7
+    assert found["gap"][HELD_PROGRAMS] == {"plain": 0.5, "same faults": 0.5}
+    assert found["cost"]["steps, median"] == 100
+    assert found["cost by fault"]["saddle"]["steps, worst"] == 100
     assert len(found["failures"]) == 1
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(("hits", "of"), [(0, 10), (3, 7), (51, 53), (80, 80)])
+def test_the_interval_of_a_share_is_that_of_scipy(hits, of):
+    exact = binomtest(hits, of).proportion_ci(method="wilson")
+    assert wilson(hits, of) == pytest.approx([exact.low, exact.high], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("findings", "open_causes", "among"),
+    [
+        (["a", "b", "saddle"], [], True),
+        (["a", "b", "c", "saddle"], [], False),
+        (["a"], ["b", "saddle"], True),
+        (["a"], ["b", "saddle", "c"], False),  # four names are no help, in whatever order they are listed
+        ([], ["saddle"], True),
+        ([], [], False),
+    ],
+)
+def test_among_three_is_what_a_reader_is_left_with(findings, open_causes, among):
+    found = row("mlp", "saddle", *((code, "SHOWN") for code in findings), open_causes=open_causes)
+    assert is_among_three(found) == among
+
+
+def test_of_causes_that_are_hard_to_tell_apart_each_is_counted():
+    rows = [
+        row("mlp", "lr-bounces", ("lr-bounces", "PROVED")),
+        row("mlp", "noise-floor", ("lr-bounces", "PROVED")),
+        row("mlp", "", variant="edge-of-stability"),
+        row("mlp", "", ("lr-bounces", "SUSPECT"), variant="edge-of-stability"),
+    ]
+    found = {r["of"]: (r["runs"], r["right"], r["called"]) for r in board(rows)["hard to tell apart"] if r["runs"]}
+    assert found == {
+        "lr-bounces": (1, 1, {}),
+        "noise-floor": (1, 0, {"lr-bounces": 1}),
+        "edge-of-stability": (2, 1, {"lr-bounces": 1}),
+    }
+
+
+def test_of_an_exact_fault_the_steps_and_the_place_are_counted():
+    rows = [
+        row("mlp", "graph-cut", ("graph-cut", "SHOWN"), told=3),
+        row("cnn", "graph-cut", ("graph-cut", "SHOWN"), told=5),
+        row("gru", "graph-cut"),
+    ]
+    assert board(rows)["exact"]["graph-cut"] == {
+        "runs": 3,
+        "right": 2,
+        "with a place": 2,
+        "told on the way": 2,
+        "steps, median": 3,
+        "steps, worst": 4,
+    }
 
 
 def test_equivalent_mutants_are_counted_by_themselves():
@@ -357,13 +446,124 @@ def test_equivalent_mutants_are_counted_by_themselves():
 # Cells from outside
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
 @pytest.mark.parametrize(("program", "fault"), CELLS, ids=[f"{p} {f}" for p, f in CELLS])
-def test_the_cause_that_was_put_in_comes_first(program, fault):
-    cell = examine(Case(program, fault=fault, strength="clear" if fault else ""))
+def test_the_cause_that_was_put_in_comes_first(runs, program, fault):
+    cell = examine(ill_case(program, fault), runs)
     assert cell["trouble"] == ""
     assert [f["code"] for f in cell["findings"]][:1] == ([fault] if fault else [])
     assert math.isfinite(cell["overhead"])
     assert json.loads(json.dumps(cell)) == cell
+
+
+def ill_case(program, fault):
+    return Case(program, fault=fault, strength="clear" if fault else "")
+
+
+@pytest.mark.parametrize(("program", "fault"), CELLS, ids=[f"{p} {f}" for p, f in CELLS])
+def test_a_kept_run_diagnosed_again_gets_the_same_diagnosis(runs, program, fault):
+    case = ill_case(program, fault)
+    examine(case, runs)
+    said, trouble, _ = again(folder_of(case, runs))
+    assert trouble == ""
+    assert said == said_of(folder_of(case, runs))
+    assert agree.verdict(said, said_of(folder_of(case, runs))) == agree.SAME
+
+
+def test_only_what_records_a_run_makes_it_train_again(runs, monkeypatch):
+    case = ill_case("tabular", "parameters-not-optimised")
+    training = folder_of(case, runs) / "training.json"
+    first = examine(case, runs)
+    trained = training.stat().st_mtime_ns
+    monkeypatch.setattr(fingerprints, "of_diagnosis", lambda: "another")
+    second = examine(case, runs)
+    assert training.stat().st_mtime_ns == trained
+    assert {**second, "verdict_seconds": 0} == {**first, "verdict_seconds": 0}
+    monkeypatch.setattr(fingerprints, "of_training", lambda case: "another")
+    assert examine(case, runs)["findings"] == first["findings"]
+    assert training.stat().st_mtime_ns > trained
+
+
+def test_a_training_that_was_cut_short_is_not_kept(tmp_path, monkeypatch):
+    def interrupted(work, folder):
+        (folder / "run").mkdir()
+        (folder / "run" / "log.jsonl").write_text("")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clinic.recordings.forked", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        examine(Case("mlp"), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_exact_fault_is_told_within_two_steps(runs):
+    found = examine(ill_case("tabular", "parameters-not-optimised"), runs)
+    assert 1 <= found["told"] <= found["findings"][0]["step"] + 2
+    assert found["findings"][0]["where"]
+
+
+# Pieces taken away
+
+
+def test_what_rests_on_a_piece_is_computed_again_without_it_and_the_rest_is_not():
+    notes, done = pieces.Notes({}), []
+
+    def inner(without):
+        done.append("inner")
+        notes.use(("quantity", "inner"))
+        return 1
+
+    def outer(without):
+        done.append("outer")
+        notes.use(("quantity", "outer"))
+        return 1 + notes.recall("inner", lambda: inner(without), without)
+
+    def asked(*pieces_away):
+        done.clear()
+        without = frozenset(("quantity", name) for name in pieces_away)
+        assert notes.recall("outer", lambda: outer(without), without) == 2
+        return list(done)
+
+    assert asked() == ["outer", "inner"]
+    assert notes.stack[0] == {("quantity", "outer"), ("quantity", "inner")}
+    assert asked() == asked("another") == []
+    assert asked("inner") == ["outer", "inner"]
+    assert asked("outer") == ["outer"]
+    assert asked() == []
+
+
+def test_the_worth_of_a_piece_is_what_is_lost_without_it(runs):
+    case = ill_case("regression", "dead-units")
+    examine(case, runs)
+    found = ablation.ablated(case, runs)
+    assert [(f["code"], f["word"]) for f in found["findings"]] == [("dead-units", "PROVED")]
+    assert found["without"]["trial dead-units"][0] == {"code": "dead-units", "word": "SHOWN"}
+    worth = ablation.worth([found])
+    assert worth["quantity dead units"]["right"] == 1
+    assert worth["trial dead-units"]["right"] == 0
+    assert worth["validation leakage"]["used in"] == 0
+
+
+def test_what_is_remembered_changes_no_diagnosis(runs):
+    case = Case("mlp")
+    examine(case, runs)
+    folder = folder_of(case, runs) / "run"
+    run = pieces.Kept(folder)
+    _, used = run.diagnosed()
+    for parts in [pieces.NONE, *(p for p in pieces.PIECES.values() if p & used)]:
+        assert run.diagnosed(parts)[0].to_json() == pieces.Kept(folder).diagnosed(parts)[0].to_json()
+    assert run.diagnosed()[0].to_json() == said_of(folder_of(case, runs))
+
+
+def test_the_table_of_the_page_stands_between_its_marks():
+    result = ablation.summary([])
+    once = ablation.page_with(result, ablation.PAGE.read_text(encoding="utf-8"))
+    assert ablation.page_with(result, once) == once
+    assert once.startswith(ablation.PAGE.read_text(encoding="utf-8").partition(ablation.BEGIN)[0])
 
 
 def test_what_is_smoked_is_part_of_the_whole():
