@@ -6,7 +6,7 @@ diagnosis of the same run where none of them is away.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from unstuck.diagnosis import _diagnose as steps
 from unstuck.diagnosis import _validation as validation
 from unstuck.diagnosis._exact import EXACT, exact_findings
 from unstuck.diagnosis._validation import CHECKS
+from unstuck.objective import Tape
 from unstuck.record import Evaluation, Memory, Run, State
 
 Piece = tuple[str, str]  # kind and name
@@ -213,9 +214,16 @@ def _noted(h: Hypothesis) -> Hypothesis:
     return replace(h, remedies=remedies)
 
 
-def _trial(case: Noted, remedies: Sequence[Remedy], *, state: State | None = None, progress: object = None) -> Trial:
-    key = ("trial", tuple(remedies), state)
-    return case.recall(key, lambda: run_trial(case, remedies, state=state))
+def _trial(
+    case: Noted,
+    remedies: Sequence[Remedy],
+    *,
+    state: State | None = None,
+    unseen: Sequence[Tape] = (),
+    progress: object = None,
+) -> Trial:
+    key = ("trial", tuple(remedies), state, unseen)
+    return case.recall(key, lambda: run_trial(case, remedies, state=state, unseen=unseen))
 
 
 def _exact(case: Noted) -> list[Finding]:
@@ -224,9 +232,9 @@ def _exact(case: Noted) -> list[Finding]:
     return [f for f in found if ("exact", f.code) not in case.without]
 
 
-def _validation_findings(case: Noted) -> list[Finding]:
+def _validation_findings(case: Noted, codes: Collection[str] = tuple(CHECKS)) -> list[Finding]:
     """The first error that the checks show that are not away; those that find nothing change nothing."""
-    left = {code: check for code, check in CHECKS.items() if ("validation", code) not in case.without}
+    left = {code: CHECKS[code] for code in CHECKS if code in codes and ("validation", code) not in case.without}
 
     def first() -> list[Finding]:
         with patch.object(validation, "CHECKS", left):

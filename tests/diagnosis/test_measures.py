@@ -11,6 +11,7 @@ from sklearn.neighbors import NearestNeighbors
 from tests import oracles
 from torch import nn
 
+from unstuck.diagnosis import _motion as motion
 from unstuck.record import Run
 from unstuck.record._log import Log
 
@@ -49,7 +50,7 @@ class TestHeadRoom:
         assert values == pytest.approx([4.0] * 3, rel=0.1)
 
     def test_tiny_steps_meet_the_cap(self, tmp_path):
-        assert descend(tmp_path, 1e-6)["head-room"].value == 4096
+        assert descend(tmp_path, 1e-12)["head-room"].value == motion.CAP
 
     def test_steps_that_change_the_loss_by_less_than_its_last_digit_still_have_it(self, tmp_path):
         """In single precision the gain of a tiny step is rounded away: that is not a loss that rises."""
@@ -62,7 +63,9 @@ class TestHeadRoom:
                 (100 + w * w).sum().backward()
                 optimizer.step()
 
-        assert case(recorded(tmp_path, loop))["head-room"].value == 4096
+        assert case(recorded(tmp_path, loop))["head-room"].value == pytest.approx(
+            1e9, rel=0.1
+        )  # 2 / (rate × curvature)
 
     def test_steps_sixteen_times_too_long_have_none(self, tmp_path):
         assert descend(tmp_path, 20.0)["head-room"].value == 0

@@ -75,13 +75,13 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
     sign = symptom(case)
     unheard = _unheard(case)
     if sign is None:
-        unseen = unread | _unseen(case, hypotheses) | unheard
+        unseen = unread | _unseen(case, hypotheses, STUCK, SLOW) | unheard
         found = certain or _elsewhere(case) or validation_findings(case)
         return _result(run, found, [c for c in codes if c not in unseen], unseen)
     if not case.tapes:
         return _without_tapes(case, codes, sign)
     findings, open_questions = _eliminate(case, hypotheses, sign, progress)
-    open_questions |= unheard
+    open_questions |= unheard | (_unseen(case, hypotheses, STUCK) if sign == SLOW else {})
     if not certain and not any(f.word in (PROVED, SHOWN) for f in findings):
         findings += validation_findings(case)
     if not findings and sign in (BLIND, DIVERGED):
@@ -94,10 +94,10 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
     return _result(run, findings, checked, open_questions, certain)
 
 
-def _unseen(case: Case, hypotheses: Sequence[Hypothesis]) -> dict[str, str]:
+def _unseen(case: Case, hypotheses: Sequence[Hypothesis], *symptoms: str) -> dict[str, str]:
     """The hypotheses that no symptom can lead to here, because whether the loss stands still cannot be told."""
     why = case.reasons.get("trend")
-    return {} if why is None else {h.code: why for h in hypotheses if set(h.symptoms) <= {STUCK, SLOW}}
+    return {} if why is None else {h.code: why for h in hypotheses if h.symptoms and set(h.symptoms) <= {*symptoms}}
 
 
 def _unheard(case: Case) -> dict[str, str]:
