@@ -9,7 +9,7 @@ import pytest
 import torch
 from clinic import fingerprints, kept
 from clinic.board import board
-from clinic.cells import Case, examine
+from clinic.cells import HERE, Case, examine
 from clinic.data import Data
 from clinic.faults import FAULTS, STRENGTHS
 from clinic.harm import judge
@@ -407,10 +407,12 @@ def test_the_rivals_are_counted_on_the_runs_that_they_could_watch():
 
 
 def test_what_a_rival_says_means_causes_of_the_catalogue():
+    measured = json.loads((HERE / "rivals/results.json").read_text())
     for tool, names in MEANINGS.items():
         for name, codes in names.items():
             assert codes, (tool, name)
             assert set(codes) <= set(FAULTS), (tool, name)
+        assert {name for by_tool in measured["said"].values() for name in by_tool[tool] or ()} <= set(names)
 
 
 def test_a_logged_training_is_the_training_and_its_numbers_are_those_of_the_loop(monkeypatch):

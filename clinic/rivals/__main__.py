@@ -11,11 +11,13 @@ which `make clinic-rivals` sets up. clinic/rivals/meanings.py says what each too
 import argparse
 import inspect
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -86,12 +88,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         "programs": args.program or list(PROGRAMS),
         "all": board(rows),
         "held out": board([row for row in rows if is_held_out(row)]),
-        "said": [{key: row.get(key) for key in ("case", "tool", "names", "trouble")} for row in rows],
+        "said": said(rows),
     }
     for part in ("all", "held out"):
         print(part, *table(found, part), sep="\n")
     if args.output:
-        args.output.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        args.output.write_text(written(found))
+
+
+def said(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[str] | None]]:
+    """By run and tool, each name once; None where the tool could not take the run."""
+    found: dict[str, dict[str, list[str] | None]] = defaultdict(dict)
+    for row in rows:
+        if row["tool"] != NOTHING:
+            names = None if row["trouble"] else list(dict.fromkeys(row["names"]))
+            found[Case(**row["case"]).name][row["tool"]] = names
+    return found
+
+
+def written(found: dict[str, Any]) -> str:
+    """As JSON, with a line for each run."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(by_tool)}" for name, by_tool in found["said"].items())
+    rest = json.dumps({key: value for key, value in found.items() if key != "said"}, indent=1, ensure_ascii=False)
+    return f'{rest[:-2]},\n "said": {{\n{lines}\n }}\n}}\n'
 
 
 if __name__ == "__main__":

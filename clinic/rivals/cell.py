@@ -49,7 +49,7 @@ def examine(cell: Cell) -> dict[str, Any]:
         ran, said = (Path(folder, name) for name in (RAN, "said.json"))
         row = json.loads(ran.read_text()) if ran.exists() else {}
         row |= json.loads(said.read_text()) if said.exists() else {}
-    trouble = "" if status == 0 and "names" in row else f"status {status}: {printed.strip()[-200:]}"
+    trouble = "" if status == 0 and "names" in row else f"status {status}: {''.join(printed.strip().splitlines()[-1:])}"
     return {"case": dataclasses.asdict(cell.case), "tool": cell.tool, **row, "trouble": trouble}
 
 
