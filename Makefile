@@ -6,10 +6,11 @@ READY := $(VENV)/.ready
 BENCH := .venv-bench
 WATCH := .venv-bench-watch
 FRAMEWORKS := .venv-frameworks
+RIVALS := .venv-rivals
 # A second thread costs more than it gives on networks as small as these.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-frameworks check format clinic bench bench-watch clean
+.PHONY: demo test test-frameworks check format clinic clinic-rivals bench bench-watch clean
 
 demo: $(READY)
 	$(BIN)/unstuck demo $(FAULT)
@@ -44,6 +45,16 @@ format: $(READY)
 clinic: $(READY)
 	$(BIN)/python -m clinic $(ARGS)
 
+# Unstuck beside the published rivals on the same trainings: make clinic-rivals ARGS="--program tabular"
+clinic-rivals: $(RIVALS)/.ready
+	$(RIVALS)/bin/python -W ignore -m clinic.rivals $(ARGS)
+
+$(RIVALS)/.ready: pyproject.toml constraints.txt clinic/rivals/requirements.txt
+	test -d $(RIVALS) || $(PYTHON) -m venv $(RIVALS)
+	$(RIVALS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'torch==2.13.0'
+	$(RIVALS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[studies]' -r clinic/rivals/requirements.txt
+	touch $@
+
 # All networks, or some: make bench ARGS="mlp --quick"
 bench: $(BENCH)/.ready
 	$(BENCH)/bin/python benchmarks/curvature.py $(or $(ARGS),all)
@@ -72,4 +83,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(WATCH) $(FRAMEWORKS) .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(WATCH) $(FRAMEWORKS) $(RIVALS) .pytest_cache .ruff_cache

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from clinic.cells import Case
 
 Row = dict[str, Any]
+Some = TypeVar("Some", bound=Case)
 
 
 def environment() -> dict[str, Any]:
@@ -35,8 +36,8 @@ def load(path: Path) -> dict[str, Row]:
 
 
 def measure(
-    cases: Iterable[tuple[Case, str]],
-    work: Callable[[Case], Row],
+    cases: Iterable[tuple[Some, str]],
+    work: Callable[[Some], Row],
     path: Path,
     *,
     executor: Executor,

@@ -9,13 +9,17 @@ import pytest
 import torch
 from clinic import ablation, agree, fingerprints, kept, pieces
 from clinic.board import CALIBRATED, HELD_PROGRAMS, board, is_among_three, wilson
-from clinic.cells import Case
+from clinic.cells import HERE, Case
 from clinic.data import Data
 from clinic.faults import FAULTS, STRENGTHS
 from clinic.harm import judge
 from clinic.healthy import OPTIMISERS, RATES, VARIANTS
 from clinic.programs import HELD_OUT, PROGRAMS
 from clinic.recordings import again, examine, folder_of, said_of
+from clinic.rivals.board import board as side_by_side
+from clinic.rivals.lines import Means
+from clinic.rivals.log import logged
+from clinic.rivals.meanings import MEANINGS
 from clinic.score import SMOKE, ill, well
 from clinic.train import prepared
 from clinic.training import train
@@ -570,3 +574,83 @@ def test_what_is_smoked_is_part_of_the_whole():
     assert {case.name for case in SMOKE} <= {case.name for case in (*ill((), STRENGTHS, 1), *well(1))}
     assert isinstance(prepared("mlp").train, Data)
     assert isinstance(prepared("mlp").model, nn.Module)
+
+
+# The rivals
+
+
+def said(tool, fault, *names, seconds=1.0, trouble="", weights="same"):
+    numbers = {"seconds": seconds, "verdict_seconds": 0.1, "weights": weights}
+    return {"case": row("mlp", fault)["case"], "tool": tool, "names": list(names), "trouble": trouble, **numbers}
+
+
+def test_the_rivals_are_counted_on_the_runs_that_they_could_watch():
+    found = side_by_side(
+        [
+            said("nothing", ""),
+            said("nothing", "saddle"),
+            said("nothing", "lr-bounces"),
+            said("runmedic", "", "overfitting", seconds=3.0),
+            said("runmedic", "saddle", "divergence", "no_learning"),
+            said("runmedic", "lr-bounces", "divergence", weights="other"),
+            said("Unstuck", "", seconds=1.5),
+            said("Unstuck", "saddle", "zero-init", "saddle"),
+            said("Unstuck", "lr-bounces", trouble="it fell over"),
+        ]
+    )
+    assert found["runmedic"]["healthy"] == {"runs": 1, "alarmed": 1}
+    assert found["runmedic"]["faulty"] == {"runs": 2, "alarmed": 2, "first": 1, "family": 1, "anywhere": 1}
+    assert found["runmedic"]["ratio"] == 3.0
+    assert (found["runmedic"]["same weights"], found["runmedic"]["cells"]) == (2, 3)
+    assert found["Unstuck"]["faulty"] == {"runs": 1, "alarmed": 1, "first": 0, "family": 1, "anywhere": 1}
+    assert found["Unstuck"]["not run, cells"] == 1
+
+
+def test_what_a_rival_says_means_causes_of_the_catalogue():
+    measured = json.loads((HERE / "rivals/results.json").read_text())
+    for tool, names in MEANINGS.items():
+        for name, codes in names.items():
+            assert codes, (tool, name)
+            assert set(codes) <= set(FAULTS), (tool, name)
+        assert {name for by_tool in measured["said"].values() for name in by_tool[tool] or ()} <= set(names)
+
+
+def test_a_logged_training_is_the_training_and_its_numbers_are_those_of_the_loop(monkeypatch):
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", nn.utils.clip_grad_norm_)  # which the log puts itself around
+    told = []
+    plain, _ = run(steps=30, program="mlp")
+    training = prepared("mlp")
+    training.steps = 30
+    logged(training, lambda step, **values: told.append((step, values)))
+    ending = train(training, tell=lambda line: None)
+    assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), training.model.parameters(), strict=True))
+    steps = [values for _, values in told if "loss" in values]
+    assert len(steps) == 30
+    assert {values["lr"] for values in steps} == {0.2}
+    grads = torch.cat([p.grad.flatten() for p in training.model.parameters()])
+    assert steps[-1]["grad_norm"] == pytest.approx(grads.norm().item())
+    held_out = [values["eval_loss"] for _, values in told if "eval_loss" in values]
+    assert len(held_out) == len(ending.checks)
+    with torch.no_grad():
+        outputs = training.model(training.held_out.x)
+    assert held_out[-1] == pytest.approx(nn.functional.cross_entropy(outputs, training.held_out.y).item())
+
+
+def test_the_logged_norm_of_a_clipped_gradient_is_that_before(monkeypatch):
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", nn.utils.clip_grad_norm_)
+    told = []
+    training = prepared("mlp")
+    training.steps, training.clip = 1, 1e-3
+    logged(training, lambda step, **values: told.append(values))
+    train(training, tell=lambda line: None)
+    assert told[0]["grad_norm"] > 0.1
+
+
+def test_a_log_of_means_has_each_loss_once(tmp_path):
+    lines = Means(tmp_path / "run.jsonl", 2)
+    for step, loss in enumerate([1.0, 3.0, 5.0, 9.0], start=1):
+        lines.write(step, loss=loss, lr=0.1 * step)
+    lines.write(4, eval_loss=2.0)
+    kept_lines = [json.loads(line) for line in lines.close().read_text().splitlines()]
+    assert [line.get("loss") for line in kept_lines] == [2.0, 7.0, None]
+    assert kept_lines[1] == {"step": 4, "loss": 7.0, "lr": 0.4}

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clinic.rivals.board import table
 from torch import nn
 
 import unstuck
@@ -318,6 +319,18 @@ def test_the_comparison_with_peers_on_the_page_is_the_measured_one():
     script = runpy.run_path(str(folder / "table.py"))
     measured = json.loads((folder / "curvature.json").read_text(encoding="utf-8"))
     assert "\n".join(script["table"](measured)) in CURVATURE
+
+
+def test_the_rivals_on_the_page_are_the_measured_ones():
+    measured = json.loads((ROOT / "clinic/rivals/results.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/clinic.md").read_text(encoding="utf-8")
+    for part in ("all", "held out"):
+        assert "\n".join(table(measured, part)) in page
+    names = [by_tool["NeuralDBG"] for by_tool in measured["said"].values()]
+    shifted = sum("data_distribution_shift" in n for n in names)
+    programs = ", ".join(f"`{name}`" for name in measured["programs"])
+    for said in (f"the programs ({programs})", f"finds that the data shift in {shifted} of its {len(names)} runs"):
+        assert said in " ".join(page.split()), f"the page must say: {said}"
 
 
 def test_the_races_of_optimisers_on_the_page_are_the_measured_ones():

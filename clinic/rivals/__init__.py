@@ -1,0 +1,1 @@
+"""Unstuck and the published rivals on the same trainings: python -m clinic.rivals."""
