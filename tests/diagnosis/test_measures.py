@@ -63,9 +63,8 @@ class TestHeadRoom:
                 (100 + w * w).sum().backward()
                 optimizer.step()
 
-        assert case(recorded(tmp_path, loop))["head-room"].value == pytest.approx(
-            1e9, rel=0.1
-        )  # 2 / (rate × curvature)
+        two_over_rate_times_curvature = pytest.approx(1e9, rel=0.1)
+        assert case(recorded(tmp_path, loop))["head-room"].value == two_over_rate_times_curvature
 
     def test_steps_sixteen_times_too_long_have_none(self, tmp_path):
         assert descend(tmp_path, 20.0)["head-room"].value == 0

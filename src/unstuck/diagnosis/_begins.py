@@ -173,7 +173,7 @@ BEGINS: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "ill-conditioned",
-        (STUCK, SLOW),
+        (DIVERGED, BLIND, STUCK, SLOW),
         (
             SCALED,
             Prediction(
@@ -195,7 +195,7 @@ SATURATED = Hypothesis(
     "saturated",
     ALL,
     (
-        Prediction("saturation at the start", 0.5, 1, "no layer began saturated ({value:.0%})", premise=True),
+        Prediction("saturation at the start", 0.25, 1, "no layer began saturated ({value:.0%})", premise=True),
         Prediction("size of the outputs at the start", 0, 10, "the outputs themselves began large ({shown})"),
         SCALED,
     ),
@@ -203,4 +203,5 @@ SATURATED = Hypothesis(
     "Use the layers' own initialisation, a norm before the activation, or one that does not saturate.",
     _afresh,
     origin=lambda case: case.start,
+    decisive=True,
 )  # weighed after a plateau, which begins so as well

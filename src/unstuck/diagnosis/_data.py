@@ -90,6 +90,16 @@ def share_of_the_data(case: Case) -> Evidence | None:
     return Evidence.exact("batch over the data", share, "share of the rows that one step uses", n=known)
 
 
+def varying(case: Case) -> Evidence | None:
+    """The share of the columns of the inputs in which the recorded rows differ."""
+    steps = case.once(batches_trained_on) if case.tapes else ()
+    if not steps or steps[0].dim() < 2:
+        return None
+    rows = torch.cat(steps).flatten(1)
+    share = float((rows != rows[:1]).any(0).double().mean())
+    return Evidence.exact("columns that vary", share, "share of the numbers of a row that differ at all", n=len(rows))
+
+
 def parted(case: Case, parts: int) -> Callable[[Tape], tuple[Tape, ...]]:
     """Turns a recorded step into several of as many parts of its batch."""
     w = case.once(wires)[0]

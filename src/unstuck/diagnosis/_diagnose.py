@@ -62,7 +62,7 @@ def diagnose(
 
 def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress | None) -> Diagnosis:
     run = case.run
-    codes = (*EXACT, *(h.code for h in hypotheses), *CHECKS)
+    codes = tuple(dict.fromkeys((*EXACT, *(h.code for h in hypotheses), *CHECKS)))
     exact = exact_findings(case)
     if run.steps == 0 and not exact:
         return _result(run, [], (), dict.fromkeys(codes, "no optimiser step was recorded"))

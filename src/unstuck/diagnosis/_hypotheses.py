@@ -57,6 +57,7 @@ MEASURES: dict[str, Measure] = {
     "mixture of a batch": data.mixed,
     "what neighbours tell": data.neighbours,
     "whole batches needed": settings.whole_batches,
+    "columns that vary": data.varying,
     "batch over the data": data.share_of_the_data,
     "rows on the wrong side": separable.wrong_side,
     "on the wrong side under a logistic loss": separable.under_logistic,

@@ -29,6 +29,7 @@ from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
 BEYOND = 5.0  # λ₁η from which on a lower rate need gain little (healthy runs that stand still: below 3.3)
+VARIED = 0.25  # of the numbers of a row: inputs of which no more differ have lost nearly everything
 SMALLEST = 4  # rows of a part of a batch
 EDGE = 2.0  # λ₁η up to which a step of the mean loss is stable (measured: bouncing 4 and more, noise below 1.5)
 
@@ -172,6 +173,15 @@ def _far_out(case: Case) -> str:
     )
 
 
+def _hardly_any(case: Case) -> str:
+    rows = case["columns that vary"]
+    n = 0 if rows is None else rows.n
+    return (
+        f"Only {value(case, 'columns that vary'):.1%} of the numbers of a row differ at all among {n} rows: hardly "
+        "anything is left in the inputs that could tell the targets."
+    )
+
+
 def _sorted(case: Case) -> str:
     return (
         f"The batches come sorted: the targets of one spread {value(case, 'mixture of a batch'):.0%} as far as those "
@@ -221,6 +231,19 @@ GIVEN: tuple[Hypothesis, ...] = (
         lambda case: [remedies.without_outliers(data.cut_off(case))],
         origin=lambda case: case.start,
     ),
+    Hypothesis(
+        "inputs-empty",
+        (BLIND, STUCK, SLOW),
+        (
+            Prediction(
+                "columns that vary", 0, VARIED, "the inputs vary ({value:.0%} of their numbers do)", premise=True
+            ),
+        ),
+        _hardly_any,
+        "Look at one batch as it enters the network, and follow it back to the file: a wrong column or path, a crop or "
+        "a mask that leaves nothing, a scale that rounds all to 0.",
+        decisive=True,
+    ),  # of inputs that are all the same there is no doubt, whatever the loss does
     Hypothesis(
         "dropout-too-high",
         (DIVERGED, STUCK, SLOW),
