@@ -15,6 +15,7 @@ from unstuck.diagnosis._loop import (
     weights_reset,
     wrong_order,
 )
+from unstuck.diagnosis._settings import cosine_beyond_its_end
 from unstuck.diagnosis._wiring import WIRING, wiring_findings
 
 LEAST_STEPS = 3
@@ -148,6 +149,7 @@ READ: dict[str, Check] = {
     "scaler-skips": scaler_skips,
     "fp16-underflow": fp16_underflow,
     "update-below-precision": update_below_precision,
+    "scheduler-misused": cosine_beyond_its_end,
 }
 FACTS = (*TOLD, *READ)  # which need no step that can be replayed
 EXACT = (*FACTS, *WIRING)

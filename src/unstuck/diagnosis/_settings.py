@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from unstuck.diagnosis._case import Case
-from unstuck.diagnosis._findings import Evidence
+from unstuck.diagnosis._findings import Evidence, Finding
 from unstuck.diagnosis._motion import update
+from unstuck.diagnosis._wires import shown
 from unstuck.objective import Tape
 from unstuck.record import State
 
+ZERO, HIGH, JUMP = 1e-3, 0.9, 0.4  # of its peak: a rate at its bottom, at its top again, and set there at once
 LOST = 1 / 30  # of its peak: a rate below it moves next to nothing
 MOST = 3  # tapes that a setting is tried on
 
@@ -116,6 +118,40 @@ def rate_rising(case: Case) -> Evidence | None:
         "last over first rate, where it rose to the end",
         n=len(rates),
     )
+
+
+def cosine_beyond_its_end(case: Case) -> Finding | None:
+    """A rate that falls to 0 and climbs back smoothly, again and again, as a cosine does that is stepped too often."""
+    steps, rates = case.run.series("lr")
+    turns = _climbs(rates)
+    if len(turns) < 2:
+        return None
+    apart = (steps[turns[-1]] - steps[turns[0]]) / (len(turns) - 1)
+    return shown(
+        "scheduler-misused",
+        "",
+        f"The rate has fallen to 0 and climbed back to its height {len(turns)} times, every {apart:.0f} steps: "
+        "a cosine schedule that is stepped beyond its T_max goes up again.",
+        "Give T_max in the steps that the schedule is stepped, or step it after each epoch; for restarts on purpose, "
+        "CosineAnnealingWarmRestarts.",
+        Evidence.exact("climbs of the rate", len(turns), "from 0 back to its peak", n=len(rates)),
+        step=steps[turns[0]],
+    )
+
+
+def _climbs(rates: Sequence[float]) -> list[int]:
+    """Where a rate is at the bottom before it climbs, without a jump, back to the height that it came from."""
+    peak, found, bottom = 0.0, list[int](), None
+    for k, rate in enumerate(rates):
+        peak = max(peak, rate)
+        if k and rate > rates[k - 1] + JUMP * peak:
+            bottom = None
+        elif rate <= ZERO * peak:
+            bottom = k
+        elif bottom is not None and rate >= HIGH * peak:
+            found.append(bottom)
+            bottom = None
+    return found
 
 
 def schedule_calls(case: Case) -> Evidence | None:

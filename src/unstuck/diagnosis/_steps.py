@@ -108,9 +108,9 @@ def _decayed_away(case: Case) -> str:
     )
 
 
-def _before(sign: str) -> Callable[[Case], State | None]:
+def _before(*signs: str) -> Callable[[Case], State | None]:
     """Where the run stands, or its start where a symptom says that nothing is left to go on from."""
-    return lambda case: case.start if symptom(case) == sign else case.state
+    return lambda case: case.start if symptom(case) in signs else case.state
 
 
 def _swinging(case: Case) -> str:
@@ -272,13 +272,21 @@ GIVEN: tuple[Hypothesis, ...] = (
         origin=_before(BLIND),
     ),
     Hypothesis(
+        "batchnorm-tiny-batch",
+        (BLIND, STUCK, SLOW),
+        (Prediction("numbers to a norm", 0, 6, "batch norm has {shown} numbers of a channel to go by", premise=True),),
+        _few_rows,
+        "Use larger batches, or a norm that does not depend on them (layer norm, group norm).",
+        decisive=True,
+    ),
+    Hypothesis(
         "momentum-too-high",
-        (DIVERGED, STUCK, SLOW),
+        (DIVERGED, BLIND, STUCK, SLOW),
         (Prediction("momentum", 0.92, 1, "the momentum is {shown}", premise=True),),
         _swinging,
         "Use a momentum of 0.9.",
         lambda case: [remedies.less_momentum(0.9)],
-        origin=_before(DIVERGED),
+        origin=_before(DIVERGED, BLIND),
     ),
 )
 
@@ -412,14 +420,6 @@ STEPS: tuple[Hypothesis, ...] = (
         "Use smaller batches, or as many more passes; with a larger batch goes a higher rate, and a warm-up.",
         _smaller,
         origin=lambda case: case.start,
-    ),
-    Hypothesis(
-        "batchnorm-tiny-batch",
-        (STUCK, SLOW),
-        (Prediction("numbers to a norm", 0, 6, "batch norm has {shown} numbers of a channel to go by", premise=True),),
-        _few_rows,
-        "Use larger batches, or a norm that does not depend on them (layer norm, group norm).",
-        decisive=True,
     ),
     Hypothesis(
         "lr-bounces",
