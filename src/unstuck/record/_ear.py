@@ -1,7 +1,7 @@
 """Hears what a script computes without gradients: what enters its network, and what the outputs are compared with."""
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from unstuck.objective import tensors
+from unstuck.record._rows import Hashes, beside, learns
 
 ROWS = 1024  # of an evaluation that are kept
 BYTES = 8 << 20  # of its inputs, and of its outputs
@@ -51,8 +52,14 @@ class Ear(TorchFunctionMode):
     ends the hearing alone.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], recorder: TorchFunctionMode | None = None) -> None:
+    def __init__(
+        self, leaves: Sequence[Tensor], hashes: Hashes | None = None, recorder: TorchFunctionMode | None = None
+    ) -> None:
         self._leaves = {id(p) for p in leaves}
+        self._hashes = hashes
+        self._hashed: list[Tensor] = []  # the rows that came, call by call of the network
+        self._rows = 0  # that came, hashed or not
+        self._awaited = False  # whether this call of the network has not been given its rows yet
         self._recorder = recorder  # that sees every call as well: two modes would see each other's
         self._made: dict[int, _Made] = {}
         self._entrance = 0  # tensors that have entered in this call of the network
@@ -71,11 +78,13 @@ class Ear(TorchFunctionMode):
     def follow(self) -> None:
         """Begins to follow the modules that are called."""
 
-        def enter(module: nn.Module, _: Any) -> None:
+        def enter(module: nn.Module, given: Any) -> None:
             if self._depth == 0:
-                self._entrance = 0
+                self._entrance, self._awaited = 0, self._hashes is not None
                 self.training = self.training or (module.training and next(module.parameters(), None) is not None)
             self._depth += 1
+            if self._awaited and not self.deaf:
+                self._guarded(self._note_rows, module, given)
 
         def end(*_: Any) -> None:
             self._depth = max(self._depth - 1, 0)
@@ -92,13 +101,31 @@ class Ear(TorchFunctionMode):
         else:
             result = self._recorder.__torch_function__(func, types, args, kwargs)
         if not (self.deaf or torch.is_grad_enabled()):
-            began = perf_counter()
-            try:
-                self._hear(getattr(func, "__name__", ""), args, kwargs or {}, result)
-            except Exception:  # ours: the script goes on
-                self.deaf = True
-            self.seconds += perf_counter() - began
+            self._guarded(self._hear, getattr(func, "__name__", ""), args, kwargs or {}, result)
         return result
+
+    def _guarded(self, work: Callable[..., None], *args: Any) -> None:
+        began = perf_counter()
+        try:
+            work(*args)
+        except Exception:  # ours: the script goes on
+            self.deaf = True
+        self.seconds += perf_counter() - began
+
+    def _note_rows(self, module: nn.Module, given: Any) -> None:
+        """The rows that the network is called with, as `Rows` finds those of a step."""
+        inputs = beside(given)
+        if not inputs:
+            return
+        if any(self._known(x) is not None for x in inputs):
+            self._awaited = False  # it goes on from what it has made
+        elif self._hashes is not None and learns(module):
+            self._awaited = False
+            self._rows += inputs[0].shape[0]
+            room = ROWS - sum(map(len, self._hashed))
+            with torch._C.DisableTorchFunction():  # noqa: SLF001
+                found = self._hashes.of([x[:room] for x in inputs]) if room > 0 else None
+            self._hashed += [] if found is None else [found]
 
     def _hear(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         self.calls += 1
@@ -195,15 +222,20 @@ class Ear(TorchFunctionMode):
 
         Where fewer rows of them were kept than of the outputs, they are left out: they would not lie beside them.
         """
-        found = []
-        for k, parts in enumerate(self.entered):
-            x, came, compared = joined(parts), self.met.get(k, 0), self.met[kind]
-            if x is not None and came and compared % came == 0:
-                each = compared // came
-                rows = sum(len(o) for o, _ in self.compared[kind])
-                if rows % each == 0 and len(x) >= rows // each:
-                    found.append(x[: rows // each])
-        return found
+        found = (self._beside(joined(parts), self.met.get(k, 0), kind) for k, parts in enumerate(self.entered))
+        return [x for x in found if x is not None]
+
+    def hashes_of(self, kind: str) -> Tensor | None:
+        """Those of the rows that the network was called with, as `inputs_of` has the inputs."""
+        return self._beside(joined(self._hashed), self._rows, kind)
+
+    def _beside(self, x: Tensor | None, came: int, kind: str) -> Tensor | None:
+        """As many rows, of so many that came, as lie beside the kept rows of the outputs."""
+        compared = self.met[kind]
+        if x is None or not came or compared % came:
+            return None
+        each, rows = compared // came, sum(len(o) for o, _ in self.compared[kind])
+        return x[: rows // each] if rows % each == 0 and len(x) >= rows // each else None
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor | None:
