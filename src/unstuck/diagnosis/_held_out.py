@@ -299,7 +299,7 @@ def distinct_rows(rows: Tensor) -> frozenset[bytes]:
 
 
 def each_once(rows: Tensor) -> Tensor:
-    """The rows without those that came before."""
+    """Each different row once."""
     return rows[list({key: k for k, key in enumerate(_keys(rows))}.values())]
 
 
