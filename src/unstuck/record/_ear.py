@@ -1,7 +1,7 @@
 """Hears what a script computes without gradients: what enters its network, and what the outputs are compared with."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from unstuck.objective import tensors
-from unstuck.record._rows import Hashes, beside, learns
+from unstuck.record._rows import Rows, beside, learns
 
 ROWS = 1024  # of an evaluation that are kept
 BYTES = 8 << 20  # of its inputs, and of its outputs
@@ -53,13 +53,13 @@ class Ear(TorchFunctionMode):
     """
 
     def __init__(
-        self, leaves: Sequence[Tensor], hashes: Hashes | None = None, recorder: TorchFunctionMode | None = None
+        self, leaves: Sequence[Tensor], rows: Rows | None = None, recorder: TorchFunctionMode | None = None
     ) -> None:
         self._leaves = {id(p) for p in leaves}
-        self._hashes = hashes
-        self._hashed: list[Tensor] = []  # the rows that came, call by call of the network
-        self._rows = 0  # that came, hashed or not
-        self._awaited = False  # whether this call of the network has not been given its rows yet
+        self._rows = rows  # which hash them, in a time of their own
+        self._awaiting: Rows | None = None  # until this call of the network has been given its rows
+        self._hashed: list[Tensor] = []  # call by call of the network
+        self._came = 0  # rows, hashed or not
         self._recorder = recorder  # that sees every call as well: two modes would see each other's
         self._made: dict[int, _Made] = {}
         self._entrance = 0  # tensors that have entered in this call of the network
@@ -80,11 +80,11 @@ class Ear(TorchFunctionMode):
 
         def enter(module: nn.Module, given: Any) -> None:
             if self._depth == 0:
-                self._entrance, self._awaited = 0, self._hashes is not None
+                self._entrance, self._awaiting = 0, self._rows
                 self.training = self.training or (module.training and next(module.parameters(), None) is not None)
             self._depth += 1
-            if self._awaited and not self.deaf:
-                self._guarded(self._note_rows, module, given)
+            if self._awaiting is not None and not self.deaf:
+                self.deaf = not self._awaiting.timed(self._note_rows, self._awaiting, module, given)
 
         def end(*_: Any) -> None:
             self._depth = max(self._depth - 1, 0)
@@ -101,30 +101,24 @@ class Ear(TorchFunctionMode):
         else:
             result = self._recorder.__torch_function__(func, types, args, kwargs)
         if not (self.deaf or torch.is_grad_enabled()):
-            self._guarded(self._hear, getattr(func, "__name__", ""), args, kwargs or {}, result)
+            began = perf_counter()
+            try:
+                self._hear(getattr(func, "__name__", ""), args, kwargs or {}, result)
+            except Exception:  # ours: the script goes on
+                self.deaf = True
+            self.seconds += perf_counter() - began
         return result
 
-    def _guarded(self, work: Callable[..., None], *args: Any) -> None:
-        began = perf_counter()
-        try:
-            work(*args)
-        except Exception:  # ours: the script goes on
-            self.deaf = True
-        self.seconds += perf_counter() - began
-
-    def _note_rows(self, module: nn.Module, given: Any) -> None:
-        """The rows that the network is called with, as `Rows` finds those of a step."""
+    def _note_rows(self, rows: Rows, module: nn.Module, given: Any) -> None:
+        """The rows that the network is called with, as those of a step are found."""
         inputs = beside(given)
-        if not inputs:
-            return
         if any(self._known(x) is not None for x in inputs):
-            self._awaited = False  # it goes on from what it has made
-        elif self._hashes is not None and learns(module):
-            self._awaited = False
-            self._rows += inputs[0].shape[0]
+            self._awaiting = None  # it goes on from what it has made
+        elif inputs and learns(module):
+            self._awaiting = None
+            self._came += inputs[0].shape[0]
             room = ROWS - sum(map(len, self._hashed))
-            with torch._C.DisableTorchFunction():  # noqa: SLF001
-                found = self._hashes.of([x[:room] for x in inputs]) if room > 0 else None
+            found = rows.hashes.of([x[:room] for x in inputs]) if room > 0 else None
             self._hashed += [] if found is None else [found]
 
     def _hear(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
@@ -227,7 +221,7 @@ class Ear(TorchFunctionMode):
 
     def hashes_of(self, kind: str) -> Tensor | None:
         """Those of the rows that the network was called with, as `inputs_of` has the inputs."""
-        return self._beside(joined(self._hashed), self._rows, kind)
+        return self._beside(joined(self._hashed), self._came, kind)
 
     def _beside(self, x: Tensor | None, came: int, kind: str) -> Tensor | None:
         """As many rows, of so many that came, as lie beside the kept rows of the outputs."""

@@ -176,7 +176,7 @@ class Evaluations:
         self._stop()  # one whose context the script never left, as a generator may not
         self._spot, self._inside, self._since = spot, context, self.now
         self._lent = self._deck.lend()
-        self._ear = Ear(self._leaves, self.rows.hashes, self._lent)
+        self._ear = Ear(self._leaves, self.rows, self._lent)
         frames = (frame, frame.f_back) if frame.f_back is not None else (frame,)
         self._place = " ".join(f"{f.f_code.co_filename}:{f.f_lineno}" for f in frames)
         self._ear.follow()

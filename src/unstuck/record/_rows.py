@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from unstuck.objective import tensors
@@ -90,7 +91,7 @@ def learns(module: nn.Module) -> bool:
 
 def _transformed() -> bool:
     """Whether calls are seen by a mode of the script's, or are part of a transform or of a trace."""
-    inside = torch._C._functorch.peek_interpreter_stack() is not None  # noqa: SLF001
+    inside = peek_interpreter_stack() is not None
     return inside or torch._C._len_torch_dispatch_stack() > 0 or torch.jit.is_tracing()  # noqa: SLF001
 
 
@@ -157,16 +158,23 @@ class Rows:
             self._handle.remove()
             self._handle = None
 
-    def _called(self, module: nn.Module, given: Any) -> None:
-        if _is_traced() or threading.get_ident() != self._thread:
-            return
+    def timed(self, work: Callable[..., None], *args: Any) -> bool:
+        """Whether it was done: an error is ours, and the script goes on. Its time is that of this thread alone."""
         began = thread_time()
         try:
             with torch._C.DisableTorchFunction():  # noqa: SLF001
-                self._hear(module, given)
-        except Exception:  # ours: the script goes on
+                work(*args)
+            return True
+        except Exception:
+            return False
+        finally:
+            self.seconds += thread_time() - began
+
+    def _called(self, module: nn.Module, given: Any) -> None:
+        if _is_traced() or threading.get_ident() != self._thread:
+            return
+        if not self.timed(self._hear, module, given):
             self.remove()
-        self.seconds += thread_time() - began
 
     def _hear(self, module: nn.Module, given: Any) -> None:
         self._calls += 1
