@@ -35,7 +35,8 @@ LOWER = 0.9  # times the loss, with the inputs brought to the scale that is trai
 MOVED = 0.6  # of the rows of a class that are called by another's name
 LEAKED = 0.1  # of the rows: fewer are met by chance, as of blank lines, and change a score little
 EASIER = 1.5  # times the loss of the known rows that the others have
-MOSTLY, SINGLE = 0.5, 0.9  # of rows of which so many come once, so many are not met by chance
+LITTLE = 1.1  # the same where all leaking rows are known, and SINGLE of the evaluated ones come once: few by chance
+MOSTLY, SINGLE = 0.5, 0.9  # where so many of such rows leak, few others need not be surely harder
 
 
 def validation_findings(case: Case) -> list[Finding]:
@@ -166,12 +167,15 @@ def leakage(case: Case, rows: HeldOut) -> Finding | None:
         return None
     answers = (rows.losses, _asked(case, rows, rows.inputs))  # then, and now that more is learned by heart
     pairs = [(x[there & rows.known], x[there & ~rows.known]) for x in answers if x is not None]
-    open_to_chance = share < MOSTLY or len(distinct_rows(rows.inputs)) < SINGLE * len(rows.inputs)
-    found = [(known, others) for known, others in pairs if _easier(known, others, surely=open_to_chance)]
+    measured, single = case.once(share_hashed) >= ALL, len(distinct_rows(rows.inputs)) >= SINGLE * len(rows.inputs)
+    by_far = EASIER if not (measured and single) else LITTLE
+    found = [
+        (k, o) for k, o in pairs if _easier(k, o, by_far) or (share >= MOSTLY and single and _easier(k, o, EASIER, 0))
+    ]
     if not found:
         return None
     known, others = found[-1]
-    least = "" if case.once(share_hashed) >= ALL else "At least "
+    least = "" if measured else "At least "
     return shown(
         "leakage",
         rows.place,
@@ -186,10 +190,10 @@ def leakage(case: Case, rows: HeldOut) -> Finding | None:
     )
 
 
-def _easier(known: Tensor, others: Tensor, *, surely: bool) -> bool:
-    """Whether the others have the higher loss, surely where a few of them far off or most of them a little."""
+def _easier(known: Tensor, others: Tensor, times: float, least: float = CERTAIN) -> bool:
+    """Whether the others have so many times the loss, by so many errors: a few of them far off, or most a little."""
     clear = max(apart(others, known), above(others, known))
-    return float(others.mean()) >= EASIER * float(known.mean()) and (clear >= CERTAIN or not surely)
+    return float(others.mean()) >= times * float(known.mean()) and clear >= least
 
 
 CHECKS: dict[str, Callable[[Case, HeldOut], Finding | None]] = {
