@@ -184,6 +184,13 @@ def test_a_transform_or_a_mode_of_the_script_sees_nothing_of_it(tmp_path):
     assert "aten.mv.default" not in mode.names  # the product that makes the hashes
 
 
+def test_numbers_stay_on_the_processor_whatever_the_script_takes_as_its_device():
+    x = torch.randn(5, 4)
+    with torch.device("meta"):
+        found = Hashes().of([x])
+    assert torch.equal(found, Hashes().of([x]))
+
+
 def listening(rows):
     return rows._handle is not None
 

@@ -35,7 +35,7 @@ class Hashes:
 
     def __init__(self) -> None:
         self._generator = torch.Generator().manual_seed(SEED)
-        self._numbers = torch.empty(0, dtype=torch.int64)
+        self._numbers = torch.empty(0, dtype=torch.int64, device="cpu")
         self._there: dict[torch.device, Tensor] = {}
 
     def of(self, parts: Sequence[Tensor]) -> Tensor | None:
@@ -63,7 +63,7 @@ class Hashes:
     def _of_device(self, width: int, device: torch.device) -> Tensor:
         known = self._numbers.shape[0]
         if known < width:
-            more = torch.empty(max(width, 2 * known) - known, dtype=torch.int64)
+            more = torch.empty(max(width, 2 * known) - known, dtype=torch.int64, device="cpu")
             more.random_(-(2**63), None, generator=self._generator)
             self._numbers = torch.cat([self._numbers, more])
             self._there.clear()
@@ -115,7 +115,7 @@ class Rows:
         self._found: Tensor | None = None  # of inputs that no backward() has followed yet
         self._waiting: list[Tensor] = []
         self._count = 0  # hashes among them
-        self._known = torch.empty(0, dtype=torch.int64)  # different ones, sorted
+        self._known = torch.empty(0, dtype=torch.int64, device="cpu")  # different ones, sorted
         self._learns: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._thread = threading.get_ident()
 
