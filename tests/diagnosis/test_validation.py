@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from unstuck.diagnosis import SHOWN
+from unstuck.diagnosis._scales import scales_apart
 
 
 class Task:
@@ -59,6 +60,19 @@ def on_another_scale():
     return t
 
 
+def on_a_slightly_other_scale():
+    t = Task()
+    t.held = t.held * 2 + 1
+    return t
+
+
+def column_by_column():
+    """Each column stretched or squeezed, so that all of them together are as wide as before."""
+    t = Task()
+    t.held = t.held * torch.tensor([3.0, 1 / 3]).repeat(4)
+    return t
+
+
 def by_another_map():
     t = Task(noise=1.0)
     t.aims = (t.aims + 1) % 4
@@ -84,11 +98,21 @@ def by_heart():
     return t
 
 
+def wrong_labels():
+    """A third of the labels are wrong, and learned by heart."""
+    t = Task(width=256, noise=1.0)
+    wrong = torch.randperm(600)[:200]
+    t.y[wrong] = (t.y[wrong] + 1 + torch.randint(3, (200,))) % 4
+    t.kind, t.lr, t.epochs = torch.optim.Adam, 1e-2, 100
+    return t
+
+
 FAULTS = {
     "train-while-validating": (in_training_mode, with_batch_norm_on),
-    "preprocessing-mismatch": (on_another_scale,),
+    "preprocessing-mismatch": (on_another_scale, on_a_slightly_other_scale, column_by_column),
     "label-map-wrong": (by_another_map, two_names_exchanged),
     "leakage": (leaking,),
+    "label-noise": (wrong_labels,),
     "overfitting": (by_heart,),
 }
 
@@ -142,6 +166,33 @@ def test_one_look_at_both_sets_is_no_leak(tmp_path, shares):
                 F.cross_entropy(t.model(t.held), t.aims).item()
 
     assert "leakage" not in codes(verdict(tmp_path, loop))
+
+
+def test_the_share_of_rows_that_leak_is_measured_though_few_steps_are_recorded(tmp_path):
+    """Of 1,240 rows trained on, the last 120 steps hold 480; 120 of the 400 that are evaluated are among them all."""
+    t = Task(rows=1120, size=4, width=256)
+    t.x, t.y = torch.cat([t.x, t.held[:120]]), torch.cat([t.y, t.aims[:120]])
+    t.kind, t.lr, t.epochs = torch.optim.Adam, 3e-3, 25
+    found = t.run(tmp_path / "run")
+    assert found.findings[0].code == "leakage"
+    assert found.findings[0].evidence[0].value == 120 / 400
+    assert found.findings[0].claim.startswith("30% of the 400 rows")
+
+
+def test_what_is_told_of_wrong_labels_is_of_a_step_before_they_are_learned(tmp_path):
+    found = wrong_labels().run(tmp_path / "run").findings[0]
+    assert 1 < found.step < 400  # of 1,900: what is right is learned within a few epochs
+    assert 0.1 < found.evidence[0].value < 0.4  # what a network that knows no wrong label misses is a third
+    assert found.claim.startswith(f"At step {found.step}, before")
+
+
+def test_rows_that_lie_elsewhere_by_nature_are_answered_as_they_are(tmp_path):
+    """A drift that does no harm: to move them would."""
+    t = Task(noise=1.0)
+    some = t.aims < 2  # other classes, more than half of whose columns are off
+    t.held, t.aims = t.held[some], t.aims[some]
+    assert scales_apart(t.x, t.held, whole=False).surely
+    assert codes(t.run(tmp_path / "run")) == []
 
 
 def test_without_a_validation_its_causes_are_not_checked(tmp_path):

@@ -1,5 +1,8 @@
 """Whether what was learned holds on the held-out rows, and why it does not."""
 
+import math
+import sys
+
 from torch import Tensor
 
 from unstuck.diagnosis._case import Case
@@ -9,12 +12,14 @@ from unstuck.diagnosis._held_out import (
     FEW,
     Answers,
     HeldOut,
+    answered,
     apart,
     certain,
     distinct_rows,
     few_batches,
     one_target_a_row,
     rows_trained_on,
+    trained_at,
     trained_on,
     within,
 )
@@ -25,7 +30,8 @@ FALLEN = 0.7  # times what the training loss was then
 WIDE, GAP = 5.0, 0.1  # times the training loss of numbers; the least held-out loss, over guessing, or share of errors
 BY_HEART = 0.01  # of the rows trained on, at the most, that are answered wrongly
 NOISIER = 2.0  # times the held-out loss that the training loss is
-CONTRADICTED = 0.1  # of the rows trained on that are answered wrongly, beyond the share of those held out
+NEAR = 3  # weights of steps near that of the lowest held-out loss
+CONTRADICTED = 0.07  # of the rows trained on that are answered wrongly, beyond the share of those held out
 RARE, MISSED = 0.1, 0.2  # of the most frequent class, and of the held-out rows of rare ones beyond the others
 
 
@@ -55,35 +61,66 @@ def same_batch(case: Case, rows: HeldOut) -> Finding | None:
 
 
 def label_noise(case: Case, rows: HeldOut) -> Finding | None:
-    """Rows trained on whose targets contradict what the network has learned, while those held out agree with it."""
+    """Rows trained on whose targets contradict what the network has learned, while those held out agree with it.
+
+    What is right is learned before what is wrong is learned by heart (Arpit and others, 2017): where the last weights
+    answer all training rows, those of the lowest held-out loss tell.
+    """
     trained = case.once(trained_on)
     if trained is None or trained.kind != rows.answers.kind or len(list(losses(case.once(wires)[0]))) != 1:
         return None  # several losses may well ask for several things at once, as of mixed rows
-    if trained.kind == "values":
-        wrong = trained.loss / max(rows.answers.loss, 1e-30)
-        if wrong < NOISIER or apart(trained.losses, rows.answers.losses) < CERTAIN:
-            return None
-        what = f"The loss of the rows trained on is {trained.loss:.3g}, {wrong:.1f} times that of the rows held out"
-        evidence = Evidence.exact("training over held-out loss", wrong, "at the last weights", n=len(trained.losses))
-    else:
-        gap = float(rows.answers.right.mean() - trained.right.mean())
-        if gap < CONTRADICTED or apart(rows.answers.right, trained.right) < CERTAIN:
-            return None
-        what = (
-            f"{float(rows.answers.right.mean()):.0%} of the rows held out are answered rightly, but only "
-            f"{float(trained.right.mean()):.0%} of those trained on"
-        )
-        evidence = Evidence.exact(
-            "wrong among those trained on", gap, "share, beyond those held out", n=len(trained.right)
-        )
+    seen = case.once(rows_trained_on)
+    different = sys.maxsize if seen is None else len(distinct_rows(seen))
+    step, found = 0, _contradiction(trained, rows.answers, different)
+    if found is None:
+        step, found = _before_by_heart(case, rows, different)
+    if found is None:
+        return None
+    told, evidence = found
+    since = f"At step {step}, before the network learned its rows by heart, " if step else ""
     return shown(
         "label-noise",
         rows.place,
-        f"{what}: many targets of the training rows contradict what the network has learned from the others.",
+        f"{since}{told}: many targets of the training rows contradict what the network has learned from the others.",
         "Look at the rows of the highest loss: mend or drop their labels; else a robust loss, and stop before they are "
         "learned by heart. If the training rows are made harder on purpose (augmentation), nothing is wrong.",
         evidence,
+        step=step or 1,
     )
+
+
+def _contradiction(trained: Answers, held: Answers, different: int) -> tuple[str, Evidence] | None:
+    """How much worse the rows trained on are answered, of which so many are different; None where they are not."""
+    if trained.kind == "values":
+        wrong = trained.loss / max(held.loss, 1e-30)
+        if wrong < NOISIER or apart(trained.losses, held.losses, most=different) < CERTAIN:
+            return None
+        told = f"the loss of the rows trained on is {trained.loss:.3g}, {wrong:.1f} times that of the rows held out"
+        return told, Evidence.exact("training over held-out loss", wrong, "at the same weights", n=len(trained.losses))
+    gap = float(held.right.mean() - trained.right.mean())
+    if gap < CONTRADICTED or apart(held.right, trained.right, most=different) < CERTAIN:
+        return None
+    told = (
+        f"{float(held.right.mean()):.0%} of the rows held out are answered rightly, but only "
+        f"{float(trained.right.mean()):.0%} of those trained on"
+    )
+    meaning = "share, beyond those held out"
+    return told, Evidence.exact("wrong among those trained on", gap, meaning, n=len(trained.right))
+
+
+def _before_by_heart(case: Case, rows: HeldOut, different: int) -> tuple[int, tuple[str, Evidence] | None]:
+    """The step at whose weights the rows held out are answered best, of a few near it, and what contradicts there."""
+    if rows.inputs is None or case.memory is None:
+        return 0, None
+    best = min(rows.series, key=lambda pair: pair[1].loss)[0].step
+    states = [s for s in (*case.memory.passed, *case.memory.states) if s.step and s.finite]
+    states.sort(key=lambda s: abs(math.log(s.step / max(best, 1))))
+    asked = [(s, a) for s in states[:NEAR] if (a := answered(case, rows, rows.inputs, s.weights)) is not None]
+    if not asked:
+        return 0, None
+    state, held = min(asked, key=lambda pair: pair[1].loss)
+    trained = trained_at(case, state.weights)
+    return state.step, None if trained is None else _contradiction(trained, held, different)
 
 
 def class_imbalance(case: Case, rows: HeldOut) -> Finding | None:

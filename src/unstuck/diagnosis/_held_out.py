@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +17,11 @@ from unstuck.diagnosis._steering import batches
 from unstuck.diagnosis._structure import mean_loss
 from unstuck.diagnosis._wires import exchanged, observed, wires
 from unstuck.objective import Constant, Tape
-from unstuck.record import Evaluation
+from unstuck.record import Evaluation, Hashes
 
 ALL = 0.95  # of the rows: such as are trained on make a set that is no validation
 FEW = 8  # rows
+HALF = 0.5  # of the rows trained on, that have to be hashed for their share to tell
 MOST = 0.5  # of the rows trained on, of which in a leak few are held out as well
 ALIKE = 1.5  # times the loss of the rows trained on: held-out rows up to there are answered as those are
 ANSWERED = 0.5  # times what guessing earns: or up to there
@@ -87,7 +89,7 @@ class HeldOut:
 
     series: tuple[tuple[Evaluation, Answers], ...]  # by step
     inputs: Tensor | None  # of the latest; None where it is not known which of its tensors they are
-    known: Tensor | None  # whether the recorded steps train on the row as well
+    known: Tensor | None  # whether the row is trained on as well, as far as is known
     parts: Tensor  # which comparison the row comes from
     fixed: bool  # whether the same targets come each time
 
@@ -132,14 +134,16 @@ def _set_of(case: Case, evaluations: Sequence[Evaluation]) -> HeldOut | None:
         return None  # as a policy is asked about the rows that it will be trained on
     latest = pairs[-1][0]
     inputs = _inputs(case, latest, len(pairs[-1][1].outputs))
-    known = None if inputs is None else _known(case, inputs)
+    hashed = None if inputs is None else _hashed(case, latest, len(inputs))
+    known = None if inputs is None else _known(case, inputs, hashed)
     if inputs is None or known is None:
         return HeldOut(tuple(pairs), inputs, known, _parts(latest.sizes), fixed)
     if len(inputs) != sum(latest.sizes):  # of rows with several places each
         whole = torch.zeros(len(inputs), dtype=torch.long)
-        return None if _all(known) else HeldOut(tuple(pairs), inputs, known, whole, fixed)
+        return None if _all(case, known, hashed) else HeldOut(tuple(pairs), inputs, known, whole, fixed)
     parts = _parts(latest.sizes)
-    trained = [k for k in range(len(latest.sizes)) if _all(known[parts == k])]
+    each = [parts == k for k in range(len(latest.sizes))]
+    trained = [k for k, p in enumerate(each) if _all(case, known[p], None if hashed is None else hashed[p])]
     kept = ~torch.isin(parts, torch.tensor(trained, dtype=torch.long))
     if not bool(kept.any()):
         return None
@@ -152,8 +156,11 @@ def _parts(sizes: Sequence[int]) -> Tensor:
     return torch.repeat_interleave(torch.tensor(sizes))
 
 
-def _all(known: Tensor) -> bool:
-    return float(known.double().mean()) >= ALL
+def _all(case: Case, known: Tensor, hashed: Tensor | None) -> bool:
+    """Whether these are rows to train on: nearly all, or as many of them as of all that are trained on were hashed."""
+    share = case.once(share_hashed)
+    likely = hashed is not None and share >= HALF and float(hashed.double().mean()) >= ALL * share
+    return likely or float(known.double().mean()) >= ALL
 
 
 def answers_of(e: Evaluation) -> Answers | None:
@@ -187,7 +194,12 @@ def _answers(kind: str, o: Tensor, y: Tensor) -> Answers | None:
 
 def trained_on(case: Case) -> Answers | None:
     """The answers for the latest recorded batches at the last weights, without dropout."""
-    if case.state is None or not case.tapes:
+    return None if case.state is None else trained_at(case, case.state.weights)
+
+
+def trained_at(case: Case, weights: Sequence[Tensor]) -> Answers | None:
+    """The same at other weights."""
+    if not case.tapes:
         return None
     w = case.once(wires)[0]
     found = comparison(w.program)
@@ -198,7 +210,7 @@ def trained_on(case: Case) -> Answers | None:
     for tape in distinct(w.tapes)[-HELD_OUT:]:
         seen = observed(
             without_dropout(tape),
-            case.state.weights,
+            weights,
             lambda k, args, _: (args[found.outputs], args[found.targets]) if k in places else None,
         )
         for pair in filter(None, seen):
@@ -255,9 +267,29 @@ def rows_trained_on(case: Case) -> Tensor | None:
     return torch.cat(found) if found else None
 
 
-def _known(case: Case, inputs: Tensor) -> Tensor | None:
+def _known(case: Case, inputs: Tensor, hashed: Tensor | None) -> Tensor | None:
+    """Whether each row is among those of the recorded steps, or among the many more that were hashed."""
     seen = case.once(_seen)
-    return None if seen is None else torch.tensor([key in seen for key in _keys(inputs)])
+    if seen is None:
+        return None
+    known = torch.tensor([key in seen for key in _keys(inputs)])
+    return known if hashed is None else known | hashed
+
+
+def _hashed(case: Case, e: Evaluation, rows: int) -> Tensor | None:
+    """Whether each row that was evaluated is among those that were hashed as they were trained on."""
+    if e.hashes is None or case.memory is None or case.memory.rows is None or len(e.hashes) != rows:
+        return None
+    return torch.isin(e.hashes.cpu(), case.memory.rows)
+
+
+def share_hashed(case: Case) -> float:
+    """The share of the rows trained on that were hashed, of which those of the recorded steps are a sample."""
+    seen = case.once(rows_trained_on)
+    if seen is None or case.memory is None or case.memory.rows is None:
+        return 0.0
+    hashes = Hashes().of([seen])
+    return 0.0 if hashes is None else float(torch.isin(hashes.cpu(), case.memory.rows).double().mean())
 
 
 def _seen(case: Case) -> frozenset[bytes] | None:
@@ -270,6 +302,11 @@ def distinct_rows(rows: Tensor) -> frozenset[bytes]:
     return frozenset(_keys(rows))
 
 
+def each_once(rows: Tensor) -> Tensor:
+    """Each different row once."""
+    return rows[list({key: k for k, key in enumerate(_keys(rows))}.values())]
+
+
 def _keys(rows: Tensor) -> list[bytes]:
     """Each row's bytes."""
     flat = rows.detach().cpu().flatten(1) if rows.dim() > 1 else rows.detach().cpu()[:, None]
@@ -277,12 +314,13 @@ def _keys(rows: Tensor) -> list[bytes]:
     return [row.tobytes() for row in flat.contiguous().numpy()]
 
 
-def asked(case: Case, inputs: Tensor) -> Tensor | None:
-    """The outputs for other rows at the last weights, without dropout; None where the program cannot take them."""
+def asked(case: Case, inputs: Tensor, weights: Sequence[Tensor] | None = None) -> Tensor | None:
+    """The outputs for other rows, without dropout, at some weights or the last; None where it cannot take them."""
     place, w = case.once(input_place), case.once(wires)[0]
     found = comparison(w.program)
     if place is None or found is None or case.state is None:
         return None
+    weights = case.state.weights if weights is None else weights
     tape = without_dropout(w.recent[-1])
     if tape.shares > 1:
         return None
@@ -292,7 +330,7 @@ def asked(case: Case, inputs: Tensor) -> Tensor | None:
     for begin in range(0, len(inputs), size):
         rows = torch.arange(begin, begin + size) % len(inputs)  # the last batch is filled with rows from the front
         other = exchanged(tape.program, (place,), lambda c, _, rows=rows: inputs[rows].to(c))(tape)
-        seen = observed(other, case.state.weights, lambda k, args, _: args[found.outputs] if k in calls else None)
+        seen = observed(other, weights, lambda k, args, _: args[found.outputs] if k in calls else None)
         made += [o for o in seen if o is not None]
     outputs = torch.cat(made)
     each = len(outputs) // math.ceil(len(inputs) / size) // size
@@ -341,6 +379,19 @@ def answers_for(case: Case, inputs: Tensor, targets: Tensor) -> Answers | None:
     return _answers(found.call.name, o, targets)
 
 
+def normalises(case: Case) -> bool:
+    """Whether the training normalises by the rows at hand, as a replay of its steps then does with any rows."""
+    return any(True for w in case.once(wires) for _ in w.calls(("batch_norm",)))
+
+
+def answered(case: Case, rows: HeldOut, inputs: Tensor, weights: Sequence[Tensor] | None = None) -> Answers | None:
+    """The answers for other inputs in the place of those that were evaluated."""
+    outputs = asked(case, inputs, weights)
+    if outputs is None or outputs.numel() != rows.answers.outputs.numel():
+        return None
+    return Answers(rows.answers.kind, outputs.reshape(rows.answers.outputs.shape), rows.answers.targets)
+
+
 def certain(difference: Tensor) -> float:
     """How many standard errors the mean of paired differences lies from 0."""
     spread = float(difference.std()) / math.sqrt(max(len(difference), 1)) if len(difference) > 1 else math.inf
@@ -348,11 +399,11 @@ def certain(difference: Tensor) -> float:
     return mean / spread if spread > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 
-def apart(a: Tensor, b: Tensor) -> float:
-    """How many standard errors the means of two samples lie apart, a above b."""
+def apart(a: Tensor, b: Tensor, *, most: int = sys.maxsize) -> float:
+    """How many standard errors the means of two samples lie apart, a above b; `most` are different, of each."""
     if min(len(a), len(b)) < 2:
         return 0.0
-    spread = math.sqrt(float(a.var()) / len(a) + float(b.var()) / len(b))
+    spread = math.sqrt(float(a.var()) / min(len(a), most) + float(b.var()) / min(len(b), most))
     return float(a.mean() - b.mean()) / spread if spread else 0.0
 
 

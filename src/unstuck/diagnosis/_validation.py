@@ -9,28 +9,34 @@ from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import Evidence, Finding
 from unstuck.diagnosis._generalises import class_imbalance, label_noise, overfitting, same_batch
 from unstuck.diagnosis._held_out import (
+    ALL,
     CERTAIN,
     FEW,
-    Answers,
     HeldOut,
     above,
+    answered,
     apart,
-    asked,
     certain,
+    distinct_rows,
+    each_once,
     few_batches,
     held_out,
+    normalises,
     rows_trained_on,
+    share_hashed,
     trained_on,
     within,
 )
+from unstuck.diagnosis._scales import scales_apart
 from unstuck.diagnosis._wires import shown
 
-SHIFT, RATIO = 0.3, 1.4  # of the inputs, in spreads of those trained on, and of the two spreads
-FAR, SURELY = 3.0, 1.5  # such a shift or ratio, and the standard errors that are enough there
+ENOUGH = ((3.0, 1.5), (1.0, 2.0))  # so far off, so many standard errors of the gain are enough: the rest is no chance
 LOWER = 0.9  # times the loss, with the inputs brought to the scale that is trained on
 MOVED = 0.6  # of the rows of a class that are called by another's name
 LEAKED = 0.1  # of the rows: fewer are met by chance, as of blank lines, and change a score little
 EASIER = 1.5  # times the loss of the known rows that the others have
+LITTLE = 1.1  # the same where all leaking rows are known, and SINGLE of the evaluated ones come once: few by chance
+MOSTLY, SINGLE = 0.5, 0.9  # where so many of such rows leak, few others need not be surely harder
 
 
 def validation_findings(case: Case, codes: Collection[str] = ()) -> list[Finding]:
@@ -80,40 +86,31 @@ def preprocessing_mismatch(case: Case, rows: HeldOut) -> Finding | None:
     seen = case.once(rows_trained_on)
     if rows.inputs is None or seen is None or not seen.is_floating_point():
         return None
+    seen = each_once(seen)
+    now = None if case.once(normalises) else _asked(case, rows, rows.inputs)
+    before = [rows.losses] if now is None else [rows.losses, now]  # the weights may have moved since
     for whole in (True, False):  # one scale for all numbers, or one for each column
-        (mean, spread), (there, width) = (_scale(x, whole=whole) for x in (seen, rows.inputs))
-        if not bool((width > 0).any() & (spread > 0).any()):
+        off = scales_apart(seen, rows.inputs, whole=whole)
+        if off is None or not off.surely:
             continue
-        shift = float((((there - mean).abs() / spread)[spread > 0]).mean())
-        ratio = float((width / spread)[(spread > 0) & (width > 0)].median())
-        off = max(ratio, 1 / ratio)
-        if shift < SHIFT and off < RATIO:
-            continue
-        scaled = (rows.inputs - there) / width.clamp_min(1e-12) * spread + mean
-        mended = _asked(case, rows, scaled)
-        enough = SURELY if shift >= FAR or off >= FAR else CERTAIN  # what lies so far off is no chance
-        if mended is None or certain(rows.losses - mended) < enough or mended.mean() > LOWER * rows.losses.mean():
+        mended = _asked(case, rows, off.mended(rows.inputs))
+        enough = next((least for far, least in ENOUGH if off.far >= far), CERTAIN)
+        if mended is None or any(certain(x - mended) < enough or mended.mean() > LOWER * x.mean() for x in before):
             continue
         which = "" if whole else "column by column "
         return shown(
             "preprocessing-mismatch",
             rows.place,
-            f"The inputs that are evaluated lie elsewhere than those trained on ({shift:.2g} spreads off, {ratio:.2g} "
-            f"times as spread); on the same scale {which}their loss is {float(mended.mean()):.3g} instead of "
-            f"{float(rows.losses.mean()):.3g}.",
+            f"The inputs that are evaluated lie elsewhere than those trained on ({off.shift:.2g} spreads off, "
+            f"{off.ratio:.2g} times as spread); on the same scale {which}their loss is {float(mended.mean()):.3g} "
+            f"instead of {float(rows.losses.mean()):.3g}.",
             "Prepare held-out and training inputs by one function, with the mean and the spread of the training set.",
-            Evidence.exact("shift of the inputs", shift, "in spreads of those trained on", n=len(rows.inputs)),
-            Evidence.exact("ratio of the spreads", ratio, "evaluated over trained on", n=len(rows.inputs)),
+            Evidence.exact("shift of the inputs", off.shift, "in spreads of those trained on", n=len(rows.inputs)),
+            Evidence.exact("ratio of the spreads", off.ratio, "evaluated over trained on", n=len(rows.inputs)),
             _paired("loss on the same scale", mended / rows.losses.mean(), "over the loss as it is"),
             step=rows.series[0][0].step,
         )
     return None
-
-
-def _scale(x: Tensor, *, whole: bool) -> tuple[Tensor, Tensor]:
-    """Mean and spread of all numbers, or of each column."""
-    numbers = x.double()
-    return (numbers.mean(), numbers.std()) if whole else (numbers.mean(0), numbers.std(0))
 
 
 def label_map_wrong(case: Case, rows: HeldOut) -> Finding | None:
@@ -159,29 +156,44 @@ def label_map_wrong(case: Case, rows: HeldOut) -> Finding | None:
 
 def leakage(case: Case, rows: HeldOut) -> Finding | None:
     """Rows that are trained on as well, and answered better than the others beside them."""
-    if rows.known is None or (case.once(few_batches) and within(case, rows)):
+    if rows.known is None or rows.inputs is None or (case.once(few_batches) and within(case, rows)):
         return None
     mixed = [k for k in rows.parts.unique().tolist() if len(rows.known[rows.parts == k].unique()) == 2]
     there = torch.isin(rows.parts, torch.tensor(mixed, dtype=torch.long))  # else they may be several sets of rows
-    known, others = rows.losses[there & rows.known], rows.losses[there & ~rows.known]
-    if min(len(known), len(others)) < FEW or len(known) < LEAKED * len(rows.losses):
+    if min(int((there & rows.known).sum()), int((there & ~rows.known).sum())) < FEW:
         return None
-    clear = max(apart(others, known), above(others, known))  # a few far off, or most of them a little
-    if clear < CERTAIN or others.mean() < EASIER * known.mean():
+    share = float((there & rows.known).double().mean())
+    if share < LEAKED:
         return None
-    share = len(known) / len(rows.losses)
+    answers = (rows.losses, _asked(case, rows, rows.inputs))  # then, and now that more is learned by heart
+    pairs = [(x[there & rows.known], x[there & ~rows.known]) for x in answers if x is not None]
+    measured, single = case.once(share_hashed) >= ALL, len(distinct_rows(rows.inputs)) >= SINGLE * len(rows.inputs)
+    by_far = EASIER if not (measured and single) else LITTLE
+    found = [
+        (k, o) for k, o in pairs if _easier(k, o, by_far) or (share >= MOSTLY and single and _easier(k, o, EASIER, 0))
+    ]
+    if not found:
+        return None
+    known, others = found[-1]
+    least = "" if measured else "At least "
     return shown(
         "leakage",
         rows.place,
-        f"At least {share:.0%} of the {len(rows.losses)} rows that are evaluated are trained on as well, number for "
+        f"{least}{share:.0%} of the {len(rows.losses)} rows that are evaluated are trained on as well, number for "
         f"number; their loss is {float(known.mean()):.3g}, that of the others {float(others.mean()):.3g}: the score is "
         "better than on new rows.",
         "Split before anything is copied or augmented, by what belongs together (a patient, a document, a day); drop "
         "duplicates first.",
-        Evidence.exact("rows trained on", share, "of those evaluated, at the least", n=len(rows.losses)),
+        Evidence.exact("rows trained on", share, f"of those evaluated{least and ', at the least'}", n=len(rows.losses)),
         Evidence.exact("loss of the others", float(others.mean() / known.mean()), "over that of these", n=len(others)),
         step=rows.series[0][0].step,
     )
+
+
+def _easier(known: Tensor, others: Tensor, times: float, least: float = CERTAIN) -> bool:
+    """Whether the others have so many times the loss, by so many errors: a few of them far off, or most a little."""
+    clear = max(apart(others, known), above(others, known))
+    return float(others.mean()) >= times * float(known.mean()) and clear >= least
 
 
 CHECKS: dict[str, Callable[[Case, HeldOut], Finding | None]] = {
@@ -198,11 +210,8 @@ CHECKS: dict[str, Callable[[Case, HeldOut], Finding | None]] = {
 
 def _asked(case: Case, rows: HeldOut, inputs: Tensor) -> Tensor | None:
     """The losses, row by row, of other inputs in the place of those that were evaluated."""
-    outputs = asked(case, inputs)
-    if outputs is None or outputs.numel() != rows.answers.outputs.numel():
-        return None
-    outputs = outputs.reshape(rows.answers.outputs.shape)
-    return Answers(rows.answers.kind, outputs, rows.answers.targets).by_rows(len(inputs))
+    found = answered(case, rows, inputs)
+    return None if found is None else found.by_rows(len(inputs))
 
 
 def _paired(name: str, values: Tensor, meaning: str) -> Evidence:

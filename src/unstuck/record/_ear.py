@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 
 from unstuck.objective import tensors
+from unstuck.record._rows import Rows, beside, learns
 
 ROWS = 1024  # of an evaluation that are kept
 BYTES = 8 << 20  # of its inputs, and of its outputs
@@ -51,8 +52,14 @@ class Ear(TorchFunctionMode):
     ends the hearing alone.
     """
 
-    def __init__(self, leaves: Sequence[Tensor], recorder: TorchFunctionMode | None = None) -> None:
+    def __init__(
+        self, leaves: Sequence[Tensor], rows: Rows | None = None, recorder: TorchFunctionMode | None = None
+    ) -> None:
         self._leaves = {id(p) for p in leaves}
+        self._rows = rows  # which hash them, in a time of their own
+        self._awaiting: Rows | None = None  # until this call of the network has been given its rows
+        self._hashed: list[Tensor] = []  # call by call of the network
+        self._came = 0  # rows, hashed or not
         self._recorder = recorder  # that sees every call as well: two modes would see each other's
         self._made: dict[int, _Made] = {}
         self._entrance = 0  # tensors that have entered in this call of the network
@@ -71,11 +78,13 @@ class Ear(TorchFunctionMode):
     def follow(self) -> None:
         """Begins to follow the modules that are called."""
 
-        def enter(module: nn.Module, _: Any) -> None:
+        def enter(module: nn.Module, given: Any) -> None:
             if self._depth == 0:
-                self._entrance = 0
+                self._entrance, self._awaiting = 0, self._rows
                 self.training = self.training or (module.training and next(module.parameters(), None) is not None)
             self._depth += 1
+            if self._awaiting is not None and not self.deaf:
+                self.deaf = not self._awaiting.timed(self._note_rows, self._awaiting, module, given)
 
         def end(*_: Any) -> None:
             self._depth = max(self._depth - 1, 0)
@@ -99,6 +108,18 @@ class Ear(TorchFunctionMode):
                 self.deaf = True
             self.seconds += perf_counter() - began
         return result
+
+    def _note_rows(self, rows: Rows, module: nn.Module, given: Any) -> None:
+        """The rows that the network is called with, as those of a step are found."""
+        inputs = beside(given)
+        if any(self._known(x) is not None for x in inputs):
+            self._awaiting = None  # it goes on from what it has made
+        elif inputs and learns(module):
+            self._awaiting = None
+            self._came += inputs[0].shape[0]
+            room = ROWS - sum(map(len, self._hashed))
+            found = rows.hashes.of([x[:room] for x in inputs]) if room > 0 else None
+            self._hashed += [] if found is None else [found]
 
     def _hear(self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> None:
         self.calls += 1
@@ -195,15 +216,20 @@ class Ear(TorchFunctionMode):
 
         Where fewer rows of them were kept than of the outputs, they are left out: they would not lie beside them.
         """
-        found = []
-        for k, parts in enumerate(self.entered):
-            x, came, compared = joined(parts), self.met.get(k, 0), self.met[kind]
-            if x is not None and came and compared % came == 0:
-                each = compared // came
-                rows = sum(len(o) for o, _ in self.compared[kind])
-                if rows % each == 0 and len(x) >= rows // each:
-                    found.append(x[: rows // each])
-        return found
+        found = (self._beside(joined(parts), self.met.get(k, 0), kind) for k, parts in enumerate(self.entered))
+        return [x for x in found if x is not None]
+
+    def hashes_of(self, kind: str) -> Tensor | None:
+        """Those of the rows that the network was called with, as `inputs_of` has the inputs."""
+        return self._beside(joined(self._hashed), self._came, kind)
+
+    def _beside(self, x: Tensor | None, came: int, kind: str) -> Tensor | None:
+        """As many rows, of so many that came, as lie beside the kept rows of the outputs."""
+        compared = self.met[kind]
+        if x is None or not came or compared % came:
+            return None
+        each, rows = compared // came, sum(len(o) for o, _ in self.compared[kind])
+        return x[: rows // each] if rows % each == 0 and len(x) >= rows // each else None
 
 
 def joined(parts: Iterable[Tensor]) -> Tensor | None:

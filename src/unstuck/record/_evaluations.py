@@ -17,6 +17,7 @@ from unstuck.objective import Recorder
 from unstuck.record._deck import Deck, anything_compiled
 from unstuck.record._ear import Ear, joined
 from unstuck.record._modes import insert, remove
+from unstuck.record._rows import Rows
 
 SHARE = 1 / 24  # of the promised share of time
 FREE = 0.05  # seconds beyond it, for evaluations that come FURTHER times as many steps after the start as the last one
@@ -52,6 +53,7 @@ class Evaluation:
     targets: Tensor
     squashed: str
     sizes: list[int]  # of the comparisons that the rows come from
+    hashes: Tensor | None = None  # of the rows that the network was called with, as `Rows` has them; as `inputs` kept
 
     @property
     def nbytes(self) -> int:
@@ -62,17 +64,19 @@ class Evaluations:
     """Listens where a script turns gradients off, as often as a small share of the time allows.
 
     A place in the script where nothing is evaluated is left alone after a few tries. `kept` has what was heard, series
-    by series: the first of each, the latest, and between them some whose steps grow by about the same factor.
+    by series: the first of each, the latest, and between them some whose steps grow by about the same factor. `rows` is
+    what is trained on.
     """
 
     def __init__(self, leaves: Sequence[Tensor], deck: Deck, deaf: Callable[[], bool], budget: float) -> None:
         self.kept: dict[tuple[str, int], list[Evaluation]] = {}
-        self.seconds = 0.0
+        self._seconds = 0.0
         self._leaves = leaves
         self._deaf = deaf  # whether nothing is to be heard now
         self._share = SHARE * budget
         self._deck = deck
         self._lent: Recorder | None = None
+        self.rows = Rows(deaf, budget)
         self.now: tuple[int, float] = (0, 0.0)  # the steps that have been taken, and the seconds
         self._ear: Ear | None = None
         self._inside: Any = None  # the context that it listens in
@@ -89,8 +93,21 @@ class Evaluations:
 
     def put(self) -> None:
         """Listens from now on, unless part of the script is compiled: a mode would have it compile again."""
-        for context in () if anything_compiled() else _CONTEXTS:
+        if anything_compiled():
+            return
+        self.rows.put()
+        for context in _CONTEXTS:
             self._listen_to(context)
+
+    def stepped(self, step: int, elapsed: float) -> None:
+        """So many steps have been taken, in so many seconds."""
+        self.now = step, elapsed
+        self.rows.listen(elapsed)
+
+    @property
+    def seconds(self) -> float:
+        """That the listening has taken."""
+        return self._seconds + self.rows.seconds
 
     def interrupt(self) -> None:
         """Does not hear the rest, as where a step is taken in a context that no script has left."""
@@ -100,6 +117,7 @@ class Evaluations:
     def remove(self) -> None:
         """Listens no more."""
         self._stop()
+        self.rows.remove()
         while self._undo:
             self._undo.pop()()
 
@@ -158,16 +176,16 @@ class Evaluations:
         self._stop()  # one whose context the script never left, as a generator may not
         self._spot, self._inside, self._since = spot, context, self.now
         self._lent = self._deck.lend()
-        self._ear = Ear(self._leaves, self._lent)
+        self._ear = Ear(self._leaves, self.rows, self._lent)
         frames = (frame, frame.f_back) if frame.f_back is not None else (frame,)
         self._place = " ".join(f"{f.f_code.co_filename}:{f.f_lineno}" for f in frames)
         self._ear.follow()
         insert(self._ear)
-        self.seconds += perf_counter() - began
+        self._seconds += perf_counter() - began
 
     def _due(self, spot: _Spot) -> bool:
         step, elapsed = self.now
-        last, spare = self._last.get(spot, 0), self._share * elapsed - self.seconds
+        last, spare = self._last.get(spot, 0), self._share * elapsed - self._seconds
         return spare > 0 or (spare > -FREE and (step == last or step >= FURTHER * last))
 
     def _end(self) -> None:
@@ -185,7 +203,7 @@ class Evaluations:
                     self._ignored.add(spot)
         except Exception:  # ours: the script goes on
             self._ignored.add(spot)
-        self.seconds += perf_counter() - began + ear.seconds + ear.calls * self._deck.dispatch
+        self._seconds += perf_counter() - began + ear.seconds + ear.calls * self._deck.dispatch
 
     def _stop(self) -> Ear | None:
         ear, self._ear, self._inside, self._spot = self._ear, None, None, None
@@ -221,6 +239,7 @@ class Evaluations:
                 drawn=sorted(ear.drawn),
                 kind=kind,
                 inputs=ear.inputs_of(kind),
+                hashes=ear.hashes_of(kind),
                 outputs=outputs,
                 targets=targets,
                 squashed=ear.squashed,
@@ -236,7 +255,7 @@ class Evaluations:
             if len(self.kept) < SERIES and total + found.nbytes < TOTAL:
                 self.kept[found.place, found.part] = [found]
             return
-        series[-1] = replace(series[-1], inputs=[])
+        series[-1] = replace(series[-1], inputs=[], hashes=None)
         series.append(found)
         if len(series) > 2 and (len(series) > KEPT or total > TOTAL):
             ratios = [(b.step + 1) / (a.step + 1) for a, b in zip(series, series[2:], strict=False)]

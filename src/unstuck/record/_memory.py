@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from unstuck.objective import Program, Tape, TapeError, joined, on_cpu, unpack
 from unstuck.record._devices import read
@@ -25,6 +26,8 @@ class Memory:
     states: tuple[State, ...]  # the first, the latest finite ones and the last, by step
     left_out: str = ""  # why steps of another device cannot be replayed on this machine
     evaluations: tuple[Evaluation, ...] = ()  # what the script evaluated without gradients, on this rank
+    rows: Tensor | None = None  # hashes of those that were trained on, as far as they are known
+    passed: tuple[State, ...] = ()  # the weights at some steps between the first and the latest ones
     apart: str = ""  # why these are the tapes of one rank, with its share of the batch, where several trained together
 
 
@@ -40,7 +43,9 @@ def read_memory(tapes: Path, rank: int | None) -> Memory | None:
         kept, left_out = on_cpu(unpack(data)) if moved else (unpack(data), "")
         states = [known[step] for step in sorted(known)]
         heard = unpack_evaluations(data.get("evaluations", ()))  # which the first versions did not have
-        return Memory(tuple(data["names"]), tuple(kept), tuple(states), left_out, heard)
+        names, rows = tuple(data["names"]), data.get("rows")
+        passed = [unpack_state(s, moved=moved) for s in data.get("passed", ())]
+        return Memory(names, tuple(kept), tuple(states), left_out, heard, rows, tuple(passed))
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, LookupError, TypeError, TapeError):
         return None  # damaged, or of another version: the log still stands
 
@@ -59,7 +64,8 @@ def whole(own: Memory, others: Sequence[Memory | None]) -> Memory:
         return replace(
             own, apart=f"{f'only {len(tapes)}' if tapes else 'none'} of the steps were recorded on all ranks"
         )
-    return replace(own, tapes=tapes)
+    rows = [m.rows for m in (own, *found) if m.rows is not None]
+    return replace(own, tapes=tapes, rows=torch.cat(rows).unique() if rows else None)
 
 
 def _differ(own: Memory, others: Sequence[Memory]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,13 @@ from unstuck.record._state import Shelf, State, pack_state, snapshot
 
 SNAPSHOT_EVERY = 50  # steps, at the least
 STATE_BYTES = 16 << 20  # of the weights: where they are larger, states go to the disk at once
+PASSED = 8  # earlier weights, as many as fit into as many bytes together
 
 
 class Store:
     """Keeps the weights at the start and at the last two moments that had their turn; `write` has the folder hold all.
+
+    Of the moments between them the weights alone are kept, at a few steps that grow by about the same factor.
 
     Errors of the disk pass: OSError, RuntimeError.
     """
@@ -37,6 +41,7 @@ class Store:
         self._clock = Clock(2 * PART * budget, SNAPSHOT_EVERY)
         self._first: list[State] = []  # unless it is large
         self._recent: deque[State] = deque(maxlen=2)
+        self._passed: list[State] = []
         self._shelf: Shelf | None = Shelf(folder, rank)
         self._written = -1
 
@@ -55,6 +60,8 @@ class Store:
             with torch.no_grad():
                 if self._leaves.nbytes <= STATE_BYTES:
                     state = snapshot(step, self._leaves.tensors, optimizer)
+                    if len(self._recent) == self._recent.maxlen:
+                        self._pass(self._recent[0])
                     (self._recent if step else self._first).append(state)
                 elif self._shelf is not None:
                     self._shelf.put(snapshot(step, self._leaves.tensors, optimizer, copy=False))
@@ -63,6 +70,14 @@ class Store:
             raise
         finally:
             self._clock.took(step, time.perf_counter() - began, pace)
+
+    def _pass(self, state: State) -> None:
+        """Keeps the weights of one that is no longer among the last, in the place of the one that is missed least."""
+        self._passed.append(replace(state, optimizer=None))
+        if len(self._passed) > min(PASSED, STATE_BYTES // max(self._leaves.nbytes, 1)):
+            steps = [0, *(s.step for s in self._passed)]
+            ratios = [(b + 1) / (a + 1) for a, b in zip(steps, steps[2:], strict=False)]
+            del self._passed[ratios.index(min(ratios)) if ratios else 0]
 
     def write(self, step: int, optimizer: torch.optim.Optimizer | None) -> None:
         """Writes the tapes and the states to the run folder, whole or not at all, unless nothing has come since."""
@@ -86,8 +101,10 @@ class Store:
         data = pack(self._packable())
         data["names"] = self._leaves.names
         data["states"] = [pack_state(s) for s in states if len(s.weights) == len(self._leaves.tensors)]
+        data["passed"] = [pack_state(s) for s in self._passed if len(s.weights) == len(self._leaves.tensors)]
         data["rescaled"] = self._deck.rescaled
         data["evaluations"] = pack_evaluations(self._heard.kept)
+        data["rows"] = self._heard.rows.all()
         return data
 
     def _packable(self) -> list[Tape]:

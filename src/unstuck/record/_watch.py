@@ -200,6 +200,7 @@ class Watch:
             self._fact("step-left-out", count=self._skipped, **slope)
 
     def backward_called(self, roots: tuple[Tensor, ...]) -> None:
+        self._evaluations.rows.trained()
         listening = self._deck.listening
         for root in roots:
             if root.numel() == 1:
@@ -209,8 +210,7 @@ class Watch:
                 self._losses.append(loss.item() if loss.is_cpu and not listening else loss.detach())
         if self._stale.left:
             self._stale.note_backward()
-        if listening:
-            self._deck.root(roots)
+        self._deck.root(roots)
 
     def _unscaled(self, root: Tensor) -> Tensor:
         return next((loss for result, loss in self._scaled if result is root), root)
@@ -280,7 +280,7 @@ class Watch:
             self._journal.note(self.steps, elapsed, stepped.number, self._rate, loss, self._backwards)
             stepped.passed()
         self._loop.last = stepped
-        self._evaluations.now = self.steps, elapsed
+        self._evaluations.stepped(self.steps, elapsed)
         self._hooks.order.clear()
         if stepped.closely or self._deck.listening:
             self._stale.note_step(optimizer)
