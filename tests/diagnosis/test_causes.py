@@ -178,6 +178,30 @@ def root(t, least):
     t.loss = loss
 
 
+def whole_batches(t, times):
+    t.size, t.steps = times * t.size, t.steps // times
+    t.options["lr"] = 0.2
+
+
+def by_class(t, is_sorted):
+    t.options["lr"] = 0.3
+    if is_sorted:
+        order = t.y.argsort(stable=True)
+        t.x, t.y = t.x[order], t.y[order]
+
+
+def left_over(t, columns):
+    t.x[:, columns:] = 0
+
+
+def with_epsilon(t, eps):
+    t.kind, t.options = torch.optim.Adam, {"lr": 3e-3, "eps": eps}
+
+
+def slowly(t, rate):
+    t.options["lr"] = rate
+
+
 def nothing(t, _):
     pass
 
@@ -205,6 +229,11 @@ TRAININGS = {  # by code: how the task is built, what is done to it, the value t
     "forward-overflow": ({}, by_hand, 300.0, 1.0),
     "non-finite-gradient": ({}, root, 0.0, 1e-6),
     "vanishing-gradient": ({"depth": 8, "act": nn.Sigmoid}, nothing, None, None),
+    "batch-too-large": ({"depth": 2}, whole_batches, 20, 1),
+    "not-shuffled": ({"depth": 2}, by_class, True, False),
+    "inputs-empty": ({"depth": 2}, left_over, 1, 8),
+    "adam-constants": ({"depth": 2}, with_epsilon, 0.3, 1e-8),
+    "lr-too-small": ({"depth": 2}, slowly, 1e-3, 0.3),
 }
 
 
@@ -229,6 +258,36 @@ def test_a_cause_is_named(code, tmp_path):
 )
 def test_the_same_training_without_it_is_silent(code, tmp_path):
     assert codes(trained_with(code, TRAININGS[code][3], tmp_path)) == []
+
+
+@pytest.mark.parametrize("depth", [2, 3])
+def test_a_rate_too_small_by_millions(depth, tmp_path):
+    t = Task(depth=depth)
+    slowly(t, 1e-7)
+    assert codes(t.run(tmp_path)) == ["lr-too-small"]
+
+
+RISING_AGAIN = {
+    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 10),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.3, 200, div_factor=1e4),
+    "triangles": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.3, 10),
+    "a cosine as long as the run": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 200),
+}
+
+
+def test_a_cosine_stepped_beyond_its_end(tmp_path):
+    t = Task()
+    t.schedule = lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10)
+    found = t.run(tmp_path)
+    assert codes(found) == ["scheduler-misused"]
+    assert "every 20 steps" in found.findings[0].claim
+
+
+@pytest.mark.parametrize("name", RISING_AGAIN)
+def test_a_rate_that_is_meant_to_rise_again(name, tmp_path):
+    t = Task()
+    t.options["lr"], t.schedule = 0.3, RISING_AGAIN[name]
+    assert codes(t.run(tmp_path)) == []
 
 
 @pytest.mark.parametrize("change", ["momentum", "dropout"])

@@ -8,6 +8,8 @@ import torch
 from runs import batches, blobs, case, classify, mlp, recorded, train
 
 from unstuck.diagnosis import HYPOTHESES, MEASURES, Case, Evidence, Fork, Remedy, _trial, run_trial
+from unstuck.diagnosis._data import parted
+from unstuck.diagnosis._held_out import unseen
 from unstuck.diagnosis._remedies import along, larger_batch, randomise, rate, renew
 
 NOTHING = Remedy("nothing", lambda copy: None)
@@ -97,6 +99,54 @@ def test_a_few_batches_that_are_learned_by_heart_tell_nothing(tmp_path):
     known = case(recorded(tmp_path, train(model, optimizer, batches(x, y, 16), 24)))
     with pytest.raises(ValueError, match="learns them by heart"):
         run_trial(known, [NOTHING])
+
+
+def with_a_validation(folder, rows=200):
+    """A run of few steps, and the mean loss of the rows that it holds out, by the model itself."""
+    torch.manual_seed(0)
+    x, y = blobs(24 * 16 + rows)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    held = x[-rows:], y[-rows:]
+
+    def loop():
+        train(model, optimizer, batches(x[:-rows], y[:-rows], 16), 24)()
+        with torch.no_grad():
+            classify(model, *held)
+
+    known = case(recorded(folder, loop))
+    with torch.no_grad():
+        return known, float(classify(model, *held))
+
+
+def test_held_out_rows_are_steps_to_judge_by(tmp_path):
+    known, loss = with_a_validation(tmp_path, rows=192)
+    steps = unseen(known)
+    assert [len(t.constants[0]) for t in steps] == [64] * 3
+    assert mean_loss(known.state.weights, steps) == pytest.approx(loss, rel=1e-5)
+
+
+def test_few_steps_are_passed_over_once_where_held_out_rows_judge(tmp_path, monkeypatch):
+    monkeypatch.setattr(_trial, "BY_HEART", -100.0)  # so that they count as learned by heart
+    known, _ = with_a_validation(tmp_path)
+    with pytest.raises(ValueError, match="learns them by heart"):
+        run_trial(known, [NOTHING])
+    found = run_trial(known, [NOTHING], unseen=unseen(known))
+    assert found.steps + found.cooldown == len(known.tapes)
+    assert found.held_out
+
+
+def test_the_parts_of_a_batch_are_its_rows(tmp_path):
+    """Their mean loss is that of the batch, and so is the mean of their gradients."""
+    known = trained(tmp_path)[0]
+    tape = known.tapes[-1]
+    parts = parted(known, 4)(tape)
+    assert mean_loss(known.state.weights, parts) == pytest.approx(mean_loss(known.state.weights, [tape]), rel=1e-5)
+    weights = [w.clone().requires_grad_() for w in known.state.weights]
+    whole = torch.autograd.grad(tape.replay(weights), weights)
+    each = [torch.autograd.grad(p.replay(weights), weights) for p in parts]
+    for g, *few in zip(whole, *each, strict=True):
+        torch.testing.assert_close(g, sum(few) / 4)
 
 
 def test_what_judges_was_never_trained_on(tmp_path):

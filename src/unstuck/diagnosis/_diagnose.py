@@ -116,7 +116,7 @@ def _eliminate(
     ruled_out: list[RuledOut] = []
     open_questions: dict[str, str] = {}
     survivors: list[Hypothesis] = []
-    for k, h in enumerate(hypotheses):
+    for k, h in enumerate(_weighed(hypotheses, sign)):
         if progress is not None:
             progress(f"checking {h.code}", 0.4 * k / len(hypotheses))
         refuted, missing = _judge(case, h.predictions)
@@ -136,6 +136,15 @@ def _eliminate(
         open_questions |= unsettled
     findings = [replace(f, ruled_out=tuple(r for r in ruled_out if r.code != f.code)) for f in findings]
     return findings, open_questions
+
+
+def _weighed(hypotheses: Sequence[Hypothesis], sign: str) -> list[Hypothesis]:
+    """Each code once: of several hypotheses with the same one, that which can explain the symptom."""
+    found: dict[str, Hypothesis] = {}
+    for h in hypotheses:
+        if h.code not in found or (sign in h.symptoms and sign not in found[h.code].symptoms):
+            found[h.code] = h
+    return list(found.values())
 
 
 def _judge(case: Case, predictions: Sequence[Prediction]) -> tuple[str | None, str | None]:

@@ -19,6 +19,7 @@ from unstuck.record import State
 
 CAP = 4.0**15  # the largest multiple of an update that is tried
 WINDOW = 1 / 3  # of the run, at its end: the stretch over which the loss must have stopped falling
+FURTHER = 20  # doublings of the way
 ELSEWHERE = 32  # rows to look at elsewhere, where batches are smaller
 BLOCKS = 12
 BLOCKS_OF_ALL = 50  # stretches of a run by which a rise is told from a single bad batch
@@ -153,7 +154,7 @@ def drift_gain(case: Case) -> Evidence | None:
     way = [a - b for a, b in zip(now.weights, before.weights, strict=True)]
     base = mean_loss(now.weights, case.fixed)
     best = 0.0
-    for k in range(12):
+    for k in range(FURTHER):
         loss = mean_loss([w + 2.0**k / 4 * d for w, d in zip(now.weights, way, strict=True)], case.fixed)
         if not math.isfinite(loss):
             break

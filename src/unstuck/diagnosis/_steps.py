@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from unstuck.diagnosis import _data as data
 from unstuck.diagnosis import _motion as motion
@@ -30,6 +31,7 @@ from unstuck.record import State
 
 BEYOND = 5.0  # λ₁η from which on a lower rate need gain little (healthy runs that stand still: below 3.3)
 VARIED = 0.25  # of the numbers of a row: inputs of which no more differ have lost nearly everything
+FAR_BELOW = 1 / 64  # λ₁η: a rate that could be over 100 times as high (healthy runs that are slow: 0.02 and more)
 SMALLEST = 4  # rows of a part of a batch
 EDGE = 2.0  # λ₁η up to which a step of the mean loss is stable (measured: bouncing 4 and more, noise below 1.5)
 
@@ -290,6 +292,36 @@ GIVEN: tuple[Hypothesis, ...] = (
     ),
 )
 
+TINY = Hypothesis(
+    "lr-too-small",
+    (STUCK,),
+    (
+        SIGHT,
+        Prediction("trend", -0.15, INF, "the loss falls (ln by {value:.2f} in the last third of the run)"),
+        Prediction("under ε", 0, 0.5, "ε holds the steps back ({value:.0%} of the weights lie under it)", needed=False),
+        Prediction("what clipping leaves", 0.1, 1, "clipping shortens the steps: it leaves {value:.0%}", needed=False),
+        Prediction("share of weight decay", 0, 0.3, "weight decay makes {value:.0%} of each update", needed=False),
+        Prediction("steps at a lost rate", 0, 1 / 3, "a schedule took the rate away", needed=False),
+        Prediction("rise of the rate", 0, 3, "the rate was still rising", needed=False),
+        Prediction("head-room", 200, INF, "an update could be only {shown} × as long (a tiny one: over 200 ×)"),
+        Prediction("head-room elsewhere", 20, INF, "on another batch it could be only {shown} times as long"),
+        Prediction("drift gain", 0.01, 1, "nothing is gained further along its way ({value:.1%})", needed=False),
+    ),
+    _tiny_steps,
+    "Raise the learning rate to one that the trial accepts.",
+    _raised,
+)
+# of a loss that falls: healthy ones that are cut short could be faster, too, but not by so much
+TINY_AND_SLOW = replace(
+    TINY,
+    symptoms=(SLOW,),
+    predictions=(
+        *(p for p in TINY.predictions if p.quantity != "trend"),
+        Prediction("trend", -0.5, INF, "the loss falls (ln by {value:.2f} in the last third of the run)"),
+        Prediction("curvature × rate", 0, FAR_BELOW, "the step is not tiny for the curvature (λ₁η = {shown})"),
+    ),
+)
+
 STEPS: tuple[Hypothesis, ...] = (
     Hypothesis(
         "lr-diverges",
@@ -354,29 +386,8 @@ STEPS: tuple[Hypothesis, ...] = (
         "Leave ε at its default of 1e-8, or at a hundredth of the gradients' root mean square.",
         lambda case: [remedies.option("eps", 1e-8, "ε 1e-08")],
     ),
-    Hypothesis(
-        "lr-too-small",
-        (STUCK, SLOW),
-        (
-            SIGHT,
-            Prediction("trend", -0.5, INF, "the loss falls (ln by {value:.2f} in the last third of the run)"),
-            Prediction(
-                "under ε", 0, 0.5, "ε holds the steps back ({value:.0%} of the weights lie under it)", needed=False
-            ),
-            Prediction(
-                "what clipping leaves", 0.1, 1, "clipping shortens the steps: it leaves {value:.0%}", needed=False
-            ),
-            Prediction("share of weight decay", 0, 0.3, "weight decay makes {value:.0%} of each update", needed=False),
-            Prediction("steps at a lost rate", 0, 1 / 3, "a schedule took the rate away", needed=False),
-            Prediction("rise of the rate", 0, 3, "the rate was still rising", needed=False),
-            Prediction("head-room", 200, INF, "an update could be only {shown} × as long (a tiny one: over 200 ×)"),
-            Prediction("head-room elsewhere", 20, INF, "on another batch it could be only {shown} times as long"),
-            Prediction("drift gain", 0.01, 1, "nothing is gained further along its way ({value:.1%})", needed=False),
-        ),
-        _tiny_steps,
-        "Raise the learning rate to one that the trial accepts.",
-        _raised,
-    ),
+    TINY,
+    TINY_AND_SLOW,
     Hypothesis(
         "labels-shuffled",
         (STUCK,),
