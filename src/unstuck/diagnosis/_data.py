@@ -84,7 +84,8 @@ def share_of_the_data(case: Case) -> Evidence | None:
     if not steps:
         return None
     known = len(distinct_rows(torch.cat(steps)))
-    share, drawn = len(steps[-1]) / known, len(case.once(wires)[0].tapes) * len(steps[-1])
+    size = statistics.median_high(map(len, steps))  # the last one of an epoch may be smaller
+    share, drawn = size / known, len(case.once(wires)[0].tapes) * size
     if share >= LARGE and drawn < AGAIN * known:
         raise ValueError("how many rows there are does not show: the recorded steps hardly repeat any")
     return Evidence.exact("batch over the data", share, "share of the rows that one step uses", n=known)

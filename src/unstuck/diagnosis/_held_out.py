@@ -348,7 +348,8 @@ def unseen(case: Case) -> tuple[Tape, ...]:
     if type(aim) is not Constant or not sets or case.once(wires)[0].recent[-1].shares > 1:
         return ()
     size = len(case.once(wires)[0].recent[-1].constants[place])
-    for rows in (max(size, TOGETHER), size):  # some programs take batches of their own size alone
+    sizes = (max(size, TOGETHER), size) if case.once(wires)[0].of_any_size else (size,)
+    for rows in sizes:  # some programs take batches of their own size alone
         with contextlib.suppress(RuntimeError, ValueError):  # rows that the program does not take
             steps = _as_steps(case, sets[0], place, aim.at, rows)
             loss, trained = mean_loss(case.state.weights, steps), mean_loss(case.state.weights, case.fixed)

@@ -27,6 +27,7 @@ from unstuck.diagnosis._hypothesis import (
     value,
 )
 from unstuck.diagnosis._trial import Remedy
+from unstuck.diagnosis._wires import wires
 from unstuck.record import State
 
 BEYOND = 5.0  # λ₁η from which on a lower rate need gain little (healthy runs that stand still: below 3.3)
@@ -83,7 +84,8 @@ def _noisy(case: Case) -> str:
 
 
 def _lowered(case: Case) -> list[Remedy]:
-    least = remedies.SLIGHTLY if value(case, "curvature × rate") >= BEYOND else remedies.FAR
+    beyond = value(case, "curvature × rate") >= BEYOND and symptom(case) == STUCK  # else a lower rate gains anyway
+    least = remedies.SLIGHTLY if beyond else remedies.FAR
     arms = [remedies.rate(case.state, 1 / k, least=least) for k in (3, 10)]
     if motion.repeats_one_batch(case):
         return arms
@@ -208,8 +210,8 @@ def _few_steps(case: Case) -> str:
 
 
 def _smaller(case: Case) -> list[Remedy]:
-    rows = len(case.once(batches_trained_on)[-1])
-    parts = [n for n in (8, 32) if rows // n >= SMALLEST]
+    rows = min(map(len, case.once(batches_trained_on)))
+    parts = [n for n in (8, 32) if rows // n >= SMALLEST and case.once(wires)[0].of_any_size]
     return [remedies.smaller_batch(n, data.parted(case, n)) for n in parts]
 
 

@@ -22,6 +22,7 @@ from unstuck.record import State
 
 STEPS, COOLDOWN = 60, 30
 LEAST = math.log(0.95)  # an accepted remedy ends at least 5 % lower than the control
+SHORT = math.log(0.5)  # half, where a trial is short for want of steps: there a lower rate gains up to 26 % anyway
 RESTLESS = 0.02  # a null arm that moves further than this asks for more orders
 ORDERS = 5
 ROWS = 200  # to judge by, at the least
@@ -128,6 +129,7 @@ class _Course:
     steps: int = STEPS
     cooldown: int = COOLDOWN
     telling: bool = False  # whether it tells something though the arms may learn their steps by heart
+    once: bool = False  # whether every arm passes over the steps once
     ceiling: float = math.inf  # a loss at which an arm is given up
 
     @property
@@ -146,7 +148,7 @@ def _once(case: Case, judge: Sequence[Tape]) -> _Course:
     """One pass over the recorded steps, at most as many as usual."""
     steps = min(len(case.tapes), STEPS + COOLDOWN)
     cooldown = max(steps * COOLDOWN // (STEPS + COOLDOWN), 1)
-    return _Course(case.tapes[-steps:], judge, steps - cooldown, cooldown, telling=True)
+    return _Course(case.tapes[-steps:], judge, steps - cooldown, cooldown, telling=True, once=True)
 
 
 def _compared(
@@ -169,7 +171,8 @@ def _compared(
         orders += [_all_arms(make, arms, course, order=k, progress=progress) for k in range(1, ORDERS)]
     if not course.telling and _by_heart(orders[0][0], begin, state, course):
         return None
-    least = [LEAST, *(r.least for r in remedies), LEAST]
+    bound = SHORT if course.once and not any(r.once for r in remedies) else 0.0
+    least = [LEAST, *(min(r.least, bound) for r in remedies), LEAST]
     made = [_arm(arm, [order[k] for order in orders], orders, begin, least[k]) for k, arm in enumerate(arms)]
     return Trial(tuple(made), course.steps, course.cooldown, held_out=course.held_out)
 
@@ -213,6 +216,8 @@ def _train(copy: Fork, course: _Course) -> _Result:
     judge = [copy.altered(t) for t in course.judge]
     each = len(train) // len(course.train)
     steps, cooldown = each * (course.steps + course.cooldown), each * course.cooldown
+    if course.once:
+        steps, cooldown = max(steps // copy.together, 1), max(cooldown // copy.together, 1)
     curve: list[float] = []
     taken = 0
     for k in range(steps):

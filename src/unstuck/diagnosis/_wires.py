@@ -17,6 +17,7 @@ SAME = frozenset(  # calls that hand on the numbers they are given
     "reshape view flatten unflatten squeeze unsqueeze permute transpose movedim swapaxes contiguous clone float double "
     "to type half bfloat16 t T mT __getitem__ view_as reshape_as".split()
 )
+RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 WITH_WEIGHT = frozenset("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
 
 
@@ -34,6 +35,14 @@ class Wires:
 
     def calls(self, names: Any) -> Iterator[tuple[int, Instruction]]:
         return ((k, c) for k, c in enumerate(self.program.instructions) if c.name in names)
+
+    @cached_property
+    def of_any_size(self) -> bool:
+        """Whether a batch may hold more or fewer rows: the state of a recurrent call is made for those that it had.
+
+        On the CPU such a call reads past the end of a state that is too small.
+        """
+        return not any(True for _ in self.calls(RECURRENT))
 
     def source(self, x: Any) -> Instruction | None:
         """The call that made a value, before it was reshaped."""
