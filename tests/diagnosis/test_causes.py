@@ -248,6 +248,8 @@ def trained_with(code, value, folder):
 def test_a_cause_is_named(code, tmp_path):
     found = trained_with(code, TRAININGS[code][2], tmp_path)
     assert codes(found)[:1] == [code]
+    rivals = [r.code for r in found.findings[0].ruled_out]
+    assert len(set(rivals)) == len(rivals)
     if code in ("init-too-large", "exploding-gradient", "output-bias", "saturated"):
         assert found.findings[0].step == 1
     assert found.findings[0].word in ((SUSPECT,) if code == "labels-shuffled" else (PROVED, SHOWN))

@@ -128,6 +128,36 @@ def test_held_out_rows_are_steps_to_judge_by(tmp_path):
     assert mean_loss(known.state.weights, steps) == pytest.approx(loss, rel=1e-5)
 
 
+class Recurrent(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = torch.nn.GRU(2, 8, batch_first=True), torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.cell(x.view(len(x), 4, 2))[1][0])
+
+
+def test_a_recurrent_network_is_asked_in_batches_as_large_as_its_state(tmp_path):
+    """Its state is a constant of the recorded step; with more rows the call would read past its end."""
+    torch.manual_seed(0)
+    x, y = blobs(512)
+    model = Recurrent()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def loop():
+        train(model, optimizer, batches(x[:320], y[:320], 16), 40)()
+        model.eval()
+        with torch.no_grad():
+            classify(model, x[320:], y[320:])
+
+    known = case(recorded(tmp_path, loop))
+    with torch.no_grad():
+        loss = float(classify(model, x[320:], y[320:]))
+    steps = unseen(known)
+    assert {len(t.constants[0]) for t in steps} == {16}
+    assert mean_loss(known.state.weights, steps) == pytest.approx(loss, rel=1e-4)
+
+
 def test_steps_learned_by_heart_are_passed_over_once_where_held_out_rows_judge(tmp_path, monkeypatch):
     monkeypatch.setattr(_trial, "BY_HEART", -100.0)  # so that they count as learned by heart
     known, _ = with_a_validation(tmp_path)

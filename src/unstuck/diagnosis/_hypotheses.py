@@ -10,10 +10,11 @@ from unstuck.diagnosis import _start as start
 from unstuck.diagnosis import _structure as structure
 from unstuck.diagnosis._begins import BEGINS, SATURATED
 from unstuck.diagnosis._case import Measure
+from unstuck.diagnosis._given import GIVEN
 from unstuck.diagnosis._hypothesis import Hypothesis
 from unstuck.diagnosis._limits import SEPARABLE, SMALL
 from unstuck.diagnosis._origins import ORIGINS
-from unstuck.diagnosis._steps import GIVEN, STEPS
+from unstuck.diagnosis._steps import STEPS
 
 MEASURES: dict[str, Measure] = {
     "trend": motion.trend,
