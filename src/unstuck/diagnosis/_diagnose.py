@@ -1,7 +1,7 @@
 """From a recorded run to its findings: exact facts first, then symptom, hypotheses, elimination and trial."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from unstuck.diagnosis._blown import non_finite
@@ -74,16 +74,17 @@ def _diagnosis(case: Case, hypotheses: Sequence[Hypothesis], progress: Progress 
     certain = validation_findings(case, MODES)
     sign = symptom(case)
     unheard = _unheard(case)
-    if sign is None:
+    if sign is None or (sign == SLOW and not case.tapes):
         unseen = unread | _unseen(case, hypotheses, STUCK, SLOW) | unheard
         found = certain or _elsewhere(case) or validation_findings(case)
         return _result(run, found, [c for c in codes if c not in unseen], unseen)
     if not case.tapes:
-        return _without_tapes(case, codes, sign)
+        return _without_tapes(case, codes, {h.code for h in hypotheses}, sign)
     findings, open_questions = _eliminate(case, hypotheses, sign, progress)
     open_questions |= unheard | (_unseen(case, hypotheses, STUCK) if sign == SLOW else {})
     if not certain and not any(f.word in (PROVED, SHOWN) for f in findings):
         findings += validation_findings(case)
+    findings = findings or (_elsewhere(case) if sign == SLOW else [])
     if not findings and sign in (BLIND, DIVERGED):
         what = _blown_up(case) if sign == DIVERGED else "The outputs do not depend on the inputs"
         findings = [_unknown(case, f"{what}; no known cause survives the measurements.")]
@@ -123,7 +124,8 @@ def _eliminate(
         if refuted is not None:
             ruled_out += [RuledOut(h.code, refuted)] if refuted else []
         elif missing is not None:
-            open_questions[h.code] = missing
+            if not (sign == SLOW and _lacks_a_premise(case, h)):
+                open_questions[h.code] = missing
         elif sign in h.symptoms:
             survivors.append(h)
     findings: list[Finding] = []
@@ -138,10 +140,18 @@ def _eliminate(
     return findings, open_questions
 
 
+def _lacks_a_premise(case: Case, h: Hypothesis) -> bool:
+    """Whether it is unknown if there is anything that the cause could lie in: where a loss falls nobody asks."""
+    return any(p.premise and p.holds(case) is None for p in h.predictions)
+
+
 def _weighed(hypotheses: Sequence[Hypothesis], sign: str) -> list[Hypothesis]:
-    """Each code once: of several hypotheses with the same one, that which can explain the symptom."""
+    """Each code once: of several hypotheses with the same one, that which can explain the symptom.
+
+    Of a loss that is only slow no others are asked: what they measure is dear, and most such runs are healthy.
+    """
     found: dict[str, Hypothesis] = {}
-    for h in hypotheses:
+    for h in hypotheses if sign != SLOW else [h for h in hypotheses if SLOW in h.symptoms]:
         if h.code not in found or (sign in h.symptoms and sign not in found[h.code].symptoms):
             found[h.code] = h
     return list(found.values())
@@ -257,16 +267,17 @@ def since(case: Case) -> int:
     return case.steps[first * width] if first else case.steps[0]
 
 
-def _without_tapes(case: Case, codes: Sequence[str], sign: str) -> Diagnosis:
+def _without_tapes(case: Case, codes: Sequence[str], weighed: Collection[str], sign: str) -> Diagnosis:
     because = _why_no_tapes(case)
-    unjudged = dict.fromkeys(codes[len(FACTS) :], because)
+    unjudged = {c: because for c in codes if c not in FACTS or c in weighed}
+    judged = [c for c in FACTS if c not in unjudged]
     level, rise = case["loss over chance"], case["rise of the loss"]
     blown_up = (rise is not None and math.isinf(rise.value)) or (level is not None and level.value >= LASTING)
     if not (blown_up if sign == DIVERGED else at_chance(case)):  # the losses of a policy, or of a game, may well rise
-        return _result(case.run, [], FACTS, unjudged)
+        return _result(case.run, [], judged, unjudged)
     what = _blown_up(case) if sign == DIVERGED else "The loss is stuck at the level of chance"
     found = _unknown(case, f"{what}; the steps cannot be replayed: {because}.")
-    return _result(case.run, [found], FACTS, unjudged)
+    return _result(case.run, [found], judged, unjudged)
 
 
 def _why_no_tapes(case: Case) -> str:

@@ -21,7 +21,6 @@ from unstuck.diagnosis._hypothesis import (
     STUCK,
     Hypothesis,
     Prediction,
-    symptom,
     value,
 )
 from unstuck.diagnosis._trial import Remedy
@@ -80,7 +79,7 @@ def _noisy(case: Case) -> str:
 
 
 def _lowered(case: Case) -> list[Remedy]:
-    beyond = value(case, "curvature × rate") >= BEYOND and symptom(case) == STUCK  # else a lower rate gains anyway
+    beyond = value(case, "curvature × rate") >= BEYOND
     least = remedies.SLIGHTLY if beyond else remedies.FAR
     arms = [remedies.rate(case.state, 1 / k, least=least) for k in (3, 10)]
     if motion.repeats_one_batch(case):
@@ -300,7 +299,7 @@ STEPS: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "lr-bounces",
-        (STUCK, SLOW),
+        (STUCK,),
         (
             SIGHT,
             LIFE,

@@ -53,7 +53,7 @@ def _counted(tapes: Sequence[Tape]) -> list[tuple[Tape, int]]:
     alike: dict[tuple[Any, ...], list[list[Tape]]] = {}
     for tape in tapes:
         data = _data(tape)
-        sums = [(x.shape, x.dtype, float(x.double().sum())) for x in data]
+        sums = [(x.shape, x.dtype, float((x.real if x.is_complex() else x).double().sum())) for x in data]
         groups = alike.setdefault((id(tape.program), tape.numbers, *sums), [])
         same = (g for g in groups if all(torch.equal(x, y) for x, y in zip(data, _data(g[0]), strict=True)))
         group = next(same, None)
