@@ -270,7 +270,7 @@ def test_a_rate_too_small_by_ten_thousand_times(depth, tmp_path):
 
 
 RISING_AGAIN = {
-    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 10),
+    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 100),
     "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.3, 200, div_factor=1e4),
     "triangles": lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.3, 10),
     "a cosine as long as the run": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 200),
@@ -288,7 +288,7 @@ def test_a_cosine_stepped_beyond_its_end(tmp_path):
 @pytest.mark.parametrize("name", RISING_AGAIN)
 def test_a_rate_that_is_meant_to_rise_again(name, tmp_path):
     t = Task()
-    t.options["lr"], t.schedule = 0.3, RISING_AGAIN[name]
+    t.options["lr"], t.schedule, t.steps = 0.3, RISING_AGAIN[name], 400 if name == "restarts" else 200
     assert codes(t.run(tmp_path)) == []
 
 

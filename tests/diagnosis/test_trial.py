@@ -12,6 +12,7 @@ from unstuck.diagnosis._data import parted
 from unstuck.diagnosis._held_out import unseen
 from unstuck.diagnosis._remedies import along, larger_batch, randomise, rate, renew
 from unstuck.diagnosis._structure import mean_loss
+from unstuck.diagnosis._wires import wires
 
 NOTHING = Remedy("nothing", lambda copy: None)
 OPTIMISERS = {
@@ -154,6 +155,7 @@ def test_a_recurrent_network_is_asked_in_batches_as_large_as_its_state(tmp_path)
     with torch.no_grad():
         loss = float(classify(model, x[320:], y[320:]))
     steps = unseen(known)
+    assert not known.once(wires)[0].of_any_size
     assert {len(t.constants[0]) for t in steps} == {16}
     assert mean_loss(known.state.weights, steps) == pytest.approx(loss, rel=1e-4)
 
