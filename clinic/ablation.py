@@ -30,7 +30,7 @@ from clinic import fingerprints, kept, pieces
 from clinic.board import is_right
 from clinic.cells import HERE, SCRIPTS, Case
 from clinic.programs import PROGRAMS
-from clinic.recordings import RUNS, folder_of, kept_in, training_of
+from clinic.recordings import MAKE, RUNS, folder_of, kept_in, training_of
 from unstuck.diagnosis import Diagnosis
 
 RAW = HERE / "results" / "ablation.jsonl"
@@ -156,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     by = fingerprints.digits(fingerprints.of_diagnosis(), *map(inspect.getsource, (pieces, sys.modules[__name__])))
     found = [(case, place) for case, place in kept_in(args.runs) if not args.program or case.program in args.program]
+    if not found:
+        parser.error(f"kept trainings are needed, {args.runs} has none of these programs: {MAKE}")
     named = [(case, f"{training_of(place)['training']}-{by}") for case, place in found]
     work = functools.partial(ablated, runs=args.runs)
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as executor:

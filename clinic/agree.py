@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from clinic import fingerprints, kept
-from clinic.recordings import RUNS, again, kept_in, said_of, training_of
+from clinic.recordings import MAKE, RUNS, again, kept_in, said_of, training_of
 
 SAME, NUMBERS, FINDINGS = "the same to the last digit", "the same findings, other numbers", "other findings"
 
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     began, said_by = time.perf_counter(), fingerprints.of_diagnosis()
     places = [place for _, place in kept_in(args.runs) if training_of(place)["diagnosis"] == said_by]
+    if not places:
+        parser.error(f"trainings that the present sources have diagnosed are needed, {args.runs} has none: {MAKE}")
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as executor:
         rows = list(executor.map(compare, places))
     console = Console(width=None if sys.stdout.isatty() else 150)

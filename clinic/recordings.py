@@ -22,6 +22,7 @@ from unstuck.diagnosis import Lookout, diagnose, dumps
 from unstuck.diagnosis._exact import TOLD
 from unstuck.record import Run
 
+MAKE = "run `python -m clinic` first"  # which keeps them
 RUNS = HERE / "results" / "runs"
 Row = dict[str, Any]
 
