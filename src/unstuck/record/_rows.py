@@ -20,7 +20,7 @@ MOST = 1 << 20  # different hashes, of 8 bytes each; rows that come later are no
 WAITING = 1 << 17  # hashes that have not been compared with the others yet,
 PARTS = 1 << 10  # and tensors that they come in: on a GPU the first look at either waits for it
 CALLS = 1 << 10  # that are heard in a step before its inputs are given up
-PIECE = 1 << 20  # words that are multiplied at a time
+PIECE = 1 << 15  # words that are multiplied at a time: more memory than that costs steps of 2 ms a twentieth
 WIDEST = 1 << 20  # words of one row
 SEED = 0x5EED
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}  # by the bytes of a number
@@ -132,13 +132,15 @@ class Rows:
     def listen(self, elapsed: float) -> None:
         """Listens to the next inputs, if there is time for it so many seconds after the start."""
         self._elapsed, self._found, self._calls = elapsed, None, 0
+        due = self._share * elapsed - self.seconds > -FREE
+        if self._handle is None and not (due and not self._closed):
+            return
         if anything_compiled():  # it would have to compile again
             self.remove()
-        due = self._share * elapsed - self.seconds > -FREE
-        if self._handle is None and due and not self._closed:
-            self._handle = register_module_forward_pre_hook(self._called)
         elif not due:
             self._silence()
+        elif self._handle is None:
+            self._handle = register_module_forward_pre_hook(self._called)
 
     def trained(self) -> None:
         """A backward() begins: it is for the inputs that were heard."""
