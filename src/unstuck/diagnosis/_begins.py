@@ -1,5 +1,7 @@
 """The causes that lie in how a training begins: the scale of its weights, of its outputs and of its inputs."""
 
+from dataclasses import replace
+
 from unstuck.diagnosis import _remedies as remedies
 from unstuck.diagnosis import _start as start
 from unstuck.diagnosis._case import Case
@@ -23,6 +25,9 @@ VARIED = Prediction(
     "constant part of the outputs", 0, 0.98, "{value:.0%} of the outputs are the same for every input", needed=False
 )
 FAR_OFF = Prediction("loss at the start", 2.8, INF, "the loss began at {shown} times what guessing earns", premise=True)
+FADING = Prediction("smallest signal at the start", 1e-12, 0.05, "the weakest signal began at an rms of {shown}")
+TINY = 3e-3  # rms of the strongest signal, below which all weights begin near zero: a saddle
+WAITED = Prediction("steps at chance", 40, INF, "the loss left the level of guessing after {shown} steps", premise=True)
 LOUD = Prediction("signal at the start", 11, INF, "no signal was large at the start (at most {shown})")
 
 
@@ -53,6 +58,12 @@ def _too_small(case: Case) -> str:
 def _afresh(case: Case) -> list[Remedy]:
     every = sorted({k for t in case.fixed for k in t.program.reads()})
     return [remedies.renew(every, case.names, "weights initialised afresh", least=remedies.FAR)]
+
+
+def _louder(case: Case) -> list[Remedy]:
+    """Weights of the usual size may need the usual rate, where a higher one was set to make up for small ones."""
+    (afresh,) = _afresh(case)
+    return [afresh, remedies.together(afresh, remedies.rate(case.start, 1 / 10))]
 
 
 def _far_inputs(case: Case) -> str:
@@ -101,6 +112,16 @@ BEGINS: tuple[Hypothesis, ...] = (
         evidence=("size of the inputs", "offset of the inputs"),
     ),
     Hypothesis(
+        "inputs-unscaled",
+        (STUCK, SLOW),
+        (Prediction("scale of the inputs", 0.35, 1, "the inputs are of a usual size and near 0", premise=True),),
+        _far_inputs,
+        "Standardise the inputs: subtract each column's mean and divide by its spread, both of the training data.",
+        lambda case: [replace(r, least=remedies.BY_HALF) for r in _standardised(case)],
+        origin=lambda case: case.start,
+        evidence=("size of the inputs", "offset of the inputs"),
+    ),
+    Hypothesis(
         "output-bias",
         ALL,
         (
@@ -126,6 +147,7 @@ BEGINS: tuple[Hypothesis, ...] = (
             Prediction(
                 "gain of the first layer", 0, 4, "the first layer alone makes the signal {shown} times as large"
             ),
+            Prediction("saturation at the start", 0, 0.5, "a layer began saturated ({value:.0%})", needed=False),
             SCALED,
             VARIED,
         ),
@@ -163,12 +185,27 @@ BEGINS: tuple[Hypothesis, ...] = (
         (BLIND,),
         (
             BLINDNESS,
-            Prediction("smallest signal at the start", 1e-5, 0.05, "the weakest signal began at an rms of {shown}"),
+            FADING,
+            Prediction("signal at the start", TINY, INF, "even the strongest signal began at an rms of {shown}"),
             SCALED,
         ),
         _too_small,
         "Use the layers' own initialisation (Kaiming or Xavier), which keeps a signal's size.",
-        _afresh,
+        _louder,
+        origin=lambda case: case.start,
+    ),
+    Hypothesis(
+        "init-too-small",
+        (STUCK, SLOW),
+        (
+            WAITED,
+            replace(FADING, premise=True),
+            Prediction("signal at the start", TINY, INF, "even the strongest signal began at an rms of {shown}"),
+            SCALED,
+        ),
+        _too_small,
+        "Use the layers' own initialisation (Kaiming or Xavier), which keeps a signal's size.",
+        _louder,
         origin=lambda case: case.start,
     ),
     Hypothesis(
@@ -178,7 +215,7 @@ BEGINS: tuple[Hypothesis, ...] = (
             SCALED,
             Prediction(
                 "spread of the inputs",
-                50,
+                20,
                 INF,
                 "the columns of the inputs spread alike (within {shown} times)",
                 premise=True,

@@ -136,7 +136,9 @@ def _eliminate(
         findings += found
         ruled_out += refuted
         open_questions |= unsettled
-    findings = [replace(f, ruled_out=tuple(r for r in ruled_out if r.code != f.code)) for f in findings]
+    rivals = {r.code: r for r in reversed(ruled_out)}  # of several with one code the first
+    once = [r for r in ruled_out if rivals[r.code] is r]
+    findings = [replace(f, ruled_out=tuple(r for r in once if r.code != f.code)) for f in findings]
     return findings, open_questions
 
 
@@ -146,15 +148,13 @@ def _lacks_a_premise(case: Case, h: Hypothesis) -> bool:
 
 
 def _weighed(hypotheses: Sequence[Hypothesis], sign: str) -> list[Hypothesis]:
-    """Each code once: of several hypotheses with the same one, that which can explain the symptom.
+    """Those that can explain the symptom, and one of each other code, to rule it out.
 
     Of a loss that is only slow no others are asked: what they measure is dear, and most such runs are healthy.
     """
-    found: dict[str, Hypothesis] = {}
-    for h in hypotheses if sign != SLOW else [h for h in hypotheses if SLOW in h.symptoms]:
-        if h.code not in found or (sign in h.symptoms and sign not in found[h.code].symptoms):
-            found[h.code] = h
-    return list(found.values())
+    explained = {h.code for h in hypotheses if sign in h.symptoms}
+    others = {h.code: h for h in reversed(hypotheses) if h.code not in explained and sign != SLOW}
+    return [h for h in hypotheses if sign in h.symptoms or others.get(h.code) is h]
 
 
 def _judge(case: Case, predictions: Sequence[Prediction]) -> tuple[str | None, str | None]:

@@ -39,6 +39,11 @@ def _summed(case: Case) -> list[Remedy]:
 def _too_loud(case: Case) -> str:
     rows = case["scale of the loss"]
     n = 0 if rows is None else rows.n
+    if rows is not None and rows.meaning.endswith("losses"):
+        return (
+            f"The {n} losses of a step are added up, not averaged: their gradient, and so each step, is {n} times as "
+            "long as that of one."
+        )
     return (
         f"The loss is summed over the {n} rows of a batch, not averaged: its gradient, and so each step, is {n} times "
         "as long, and grows with the batch."
@@ -109,17 +114,17 @@ GIVEN: tuple[Hypothesis, ...] = (
     ),
     Hypothesis(
         "loss-summed",
-        (DIVERGED, STUCK, SLOW),
+        (DIVERGED, BLIND, STUCK, SLOW),
         (Prediction("scale of the loss", 0.5, 2, "the loss is no sum over the rows of a batch", premise=True),),
         _too_loud,
-        "Average the loss over the batch (reduction='mean'), or divide the rate by the number of rows.",
+        "Average the loss over the batch (reduction='mean') and over its parts, or divide the rate by their number.",
         _summed,
         origin=lambda case: case.start,
     ),
     Hypothesis(
         "weight-decay-too-large",
         (BLIND, STUCK, SLOW),
-        (Prediction("share of weight decay", 0.3, INF, "weight decay makes {value:.0%} of the update", premise=True),),
+        (Prediction("share of weight decay", 0.15, INF, "weight decay makes {value:.0%} of the update", premise=True),),
         _decayed_away,
         "Lower the weight decay; 0.01 to 0.1 is usual where it is decoupled, 1e-4 where it is not.",
         lambda case: [remedies.option("weight_decay", 0.0, "no weight decay", least=remedies.FAR)],

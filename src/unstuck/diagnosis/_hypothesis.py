@@ -13,7 +13,8 @@ from unstuck.record import State
 INF = math.inf
 SLOWLY = 8  # steps after which a loss can be slow
 SORTED = 0.7  # of the spread of all targets, within a batch: such batches do not come at random
-BACK = 2.0  # times what guessing earns: a loss that blew up and has come back to it does not blow up any more
+BACK = 2.5  # times what guessing earns: a loss that blew up and has come back to it does not blow up any more,
+LOWERED = 10.0  # nor one whose rate was so many times as high then
 DIVERGED, BLIND, STUCK = "diverged", "blind", "stuck"  # symptoms
 SLOW = "slow"  # the loss falls, and is far from done
 AMISS = "amiss"  # one of the first weights, or of the order of the rows, whatever became of them
@@ -64,7 +65,8 @@ class Hypothesis:
 def symptom(case: Case) -> str | None:
     """What is wrong with the loss, if anything: without a symptom there is no verdict."""
     rise, level, dependence = case["rise of the loss"], case["loss over chance"], case["input dependence"]
-    back = case.guess is not None and level is not None and level.value < BACK
+    usual = math.inf if level is None else min(level.value, level.high)  # without single batches far off
+    back = case.guess is not None and (usual < BACK or value(case, "fall of the rate") >= LOWERED)
     if rise is not None and (
         math.isinf(rise.value) or (rise.value >= 10 and not back and (level is None or level.value > 0.8))
     ):

@@ -19,6 +19,8 @@ TRAINED = 30  # steps after which copies that still are some will stay so
 SLOW = 0.02  # momentum of a norm's statistics, whose default is 0.1
 STRAY = 0.3  # spreads of a batch by which a running mean may be off
 FEW = 4  # recorded steps at either end
+SHARED, WIDE, MOST = 8, 4, 1000  # rows that an early and a late step share; columns of them; rows that are compared
+SAME, MOVED = 1e-6, 0.97  # distance of two rows of length 1 that are one; a factor beside which it is another
 SHRUNK = 0.2  # times which the inputs are as large as at first
 
 
@@ -97,23 +99,49 @@ def data_corrupted(case: Case) -> Finding | None:
         first, last = statistics.median(sizes[:FEW]), statistics.median(sizes[-FEW:])
         shrunk = last <= SHRUNK * first and max(sizes[-FEW:]) < min(sizes[:FEW])
         grown = first <= SHRUNK * last and min(sizes[-FEW:]) > max(sizes[:FEW])
-        if shrunk or grown:
-            return shown(
-                "data-corrupted-in-place",
-                w.program.place(0),
-                f"The inputs change while the network is trained on them: their rms was {first:.3g} at step "
-                f"{w.tapes[0].step} and is {last:.3g} at step {w.tapes[-1].step}.",
-                "Look for a normalisation or an augmentation that writes into the data set itself (x *= …, x.mul_(), "
-                "x -= mean): compute it into a new tensor.",
-                Evidence.exact(
-                    "size of the inputs", last / first if first else math.inf, "last over first rms", n=len(sizes)
-                ),
-            )
+        told = f"their rms was {first:.3g} at step {w.tapes[0].step} and is {last:.3g} at step {w.tapes[-1].step}"
+        meaning, ratio, n = "last over first rms", last / first if first else math.inf, len(sizes)
+        if not (shrunk or grown):
+            again = _met_again(w.tapes, k)
+            if not len(again) or bool((again > 1 / MOVED).any() and (again < MOVED).any()):
+                continue
+            meaning, ratio, n = "of the same rows, now over then", float(again.median()), len(again)
+            told = f"{n} rows came at two steps, number for number but for a factor of {ratio:.3g}"
+        return shown(
+            "data-corrupted-in-place",
+            w.program.place(0),
+            f"The inputs change while the network is trained on them: {told}.",
+            "Look for a normalisation or an augmentation that writes into the data set itself (x *= …, x.mul_(), "
+            "x -= mean): compute it into a new tensor.",
+            Evidence.exact("size of the inputs", ratio, meaning, n=n),
+        )
     return None
 
 
 def _size(tape: Tape, k: int) -> float:
-    return statistics.fmean(float(c[k].double().square().mean().sqrt()) for c in tape.of_shares(tape.constants))
+    """The rms of the median row: a few far out say nothing of the others."""
+    given = (c[k].double() for c in tape.of_shares(tape.constants))
+    rows = (x.flatten(1) if x.dim() > 1 else x[:, None] for x in given)
+    return statistics.fmean(float(x.square().mean(1).sqrt().median()) for x in rows)
+
+
+def _met_again(tapes: Sequence[Tape], k: int) -> Tensor:
+    """How many times as long rows are that an early and a late step share but for a factor; none where few are.
+
+    Of rows that are never the same, as where an augmentation moves each by a factor of its own, nothing is told: most
+    of those that lie in one direction must differ, and by about as much.
+    """
+    early, late = (torch.cat([t.constants[k] for t in part]) for part in (tapes[:FEW], tapes[-FEW:]))
+    if early.dim() < 2 or early.shape[1:] != late.shape[1:] or early[0].numel() < WIDE:
+        return torch.empty(0)
+    early, late = early.double().flatten(1)[:MOST], late.double().flatten(1)[:MOST]
+    lengths = early.norm(dim=1).clamp_min(1e-30), late.norm(dim=1).clamp_min(1e-30)
+    apart = torch.cdist(early / lengths[0][:, None], late / lengths[1][:, None])
+    there = (apart < SAME).nonzero()
+    ratios = lengths[1][there[:, 1]] / lengths[0][there[:, 0]]
+    moved = ratios[(ratios < MOVED) | (ratios > 1 / MOVED)]
+    alike = len(moved) >= SHARED and len(moved) >= 0.9 * len(ratios) and float(moved.log().std()) < 0.5
+    return moved if alike else torch.empty(0)
 
 
 def dropout_rate(case: Case) -> Evidence | None:
@@ -154,26 +182,27 @@ def rows_per_norm(case: Case) -> Evidence | None:
 
 
 def loss_scale(case: Case) -> Evidence | None:
-    """What backward() is called on, over the mean of the known loss: near the number of rows it is a sum."""
+    """What backward() is called on, over the mean of the known loss: near the number of rows it is a sum.
+
+    Of several losses of one kind, as of the parts of a batch, over their mean: near their number it is their sum.
+    """
     if not case.tapes or case.start is None:
         return None
     w = case.once(wires)[0]
-    known = list(losses(w))
-    if len(known) != 1:
+    known = {place: call for place, call, _, _ in losses(w)}
+    if not known or len({call.name for call in known.values()}) > 1:
         return None
-    place, call, _, _ = known[0]
-    tape = w.recent[-1]
-    seen = [
-        x for x in observed(tape, case.start.weights, lambda k, args, made: (made, args) if k == place else None) if x
-    ]
-    if not seen or not isinstance(seen[0][0], Tensor) or seen[0][0].numel() != 1:
+    tape, weights = w.recent[-1], case.start.weights
+    seen = [x for x in observed(tape, weights, lambda k, args, made: (k, made, args) if k in known else None) if x]
+    if not seen or any(not isinstance(made, Tensor) or made.numel() != 1 for _, made, _ in seen):
         return None
-    rows = next((len(a) for a in seen[0][1] if isinstance(a, Tensor) and a.dim()), 1)
-    mean = float(seen[0][0]) / (rows if dict(call.kwargs).get("reduction", "mean") == "sum" else 1)
+    rows = [next((len(a) for a in args if isinstance(a, Tensor) and a.dim()), 1) for *_, args in seen]
+    sums = [dict(known[k].kwargs).get("reduction", "mean") == "sum" for k, *_ in seen]
+    mean = statistics.fmean(float(made) / (n if s else 1) for (_, made, _), n, s in zip(seen, rows, sums, strict=True))
+    parts, what = (rows[0], "rows") if len(seen) == 1 else (len(seen), "losses")
     with torch.no_grad():
-        whole = float(tape.replay(case.start.weights))
-    if not mean or rows < 3:  # of one or two rows sum and mean lie too near one another
+        whole = float(tape.replay(weights))
+    if not mean or parts < 3:  # of one or two rows sum and mean lie too near one another
         return None
-    return Evidence.exact(
-        "scale of the loss", whole / mean / rows, f"what is differentiated, over the sum of {rows} rows", n=rows
-    )
+    meaning = f"what is differentiated, over the sum of {parts} {what}"
+    return Evidence.exact("scale of the loss", whole / mean / parts, meaning, n=parts)

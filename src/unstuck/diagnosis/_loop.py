@@ -21,6 +21,36 @@ KEPT = 0.5  # of the numbers of coarse weights, that most updates leave as they 
 
 
 def wrong_order(case: Case) -> Finding | None:
+    return _emptied(case) or _thrown_away(case)
+
+
+def _thrown_away(case: Case) -> Finding | None:
+    fact = _last(case, "gradient-thrown-away")
+    if fact is None or fact["count"] < LEAST or fact["count"] < OFTEN * fact["of"]:
+        return None
+    place = f" ({fact['line']})" if fact["line"] else ""
+    parts = fact["order"].count("b")
+    return Finding(
+        "wrong-order",
+        SHOWN,
+        1,
+        fact["line"],
+        f"Of the {parts} backward() calls of a step only the last one counts: the gradients are cleared in between"
+        f"{place}, and nobody has looked at them.",
+        "Call zero_grad() once a step, before the first backward(): each backward() adds to the gradients.",
+        (
+            Evidence.exact(
+                "gradients thrown away",
+                parts - 1,
+                f"of {parts} in each of {fact['count']} of {fact['of']} recorded steps; calls of a step: "
+                f"{_spelled(fact['order'])}",
+                n=fact["of"],
+            ),
+        ),
+    )
+
+
+def _emptied(case: Case) -> Finding | None:
     fact = _last(case, "cleared-before-step")
     if fact is None or fact["count"] < LEAST or fact["count"] < OFTEN * (fact["of"] - 1):
         return None
@@ -84,6 +114,34 @@ def weights_reset(case: Case) -> Finding | None:
 
 
 def scaler_skips(case: Case) -> Finding | None:
+    return _clipped_scaled(case) or _left_out(case)
+
+
+def _clipped_scaled(case: Case) -> Finding | None:
+    fact = _last(case, "clipped-scaled")
+    if fact is None or fact["count"] < LEAST or fact["count"] < OFTEN * (fact["of"] - 1):
+        return None
+    place = f" ({fact['line']})" if fact["line"] else ""
+    return Finding(
+        "scaler-skips",
+        SHOWN,
+        1,
+        fact["line"],
+        f"The gradients are clipped{place} while they are still multiplied by the scale of the GradScaler: the "
+        "clipping leaves that much less of them.",
+        "Call scaler.unscale_(optimizer) before the clipping.",
+        (
+            Evidence.exact(
+                "steps clipped before they are unscaled",
+                fact["count"],
+                f"of {fact['of']} looked at; calls of a step: {_spelled(fact['order'])}",
+                n=fact["of"],
+            ),
+        ),
+    )
+
+
+def _left_out(case: Case) -> Finding | None:
     skipped, taken = case.run.skipped, case.run.steps
     if skipped < SKIPS or skipped < SKIPPED * (skipped + taken):
         return None
@@ -181,5 +239,5 @@ def _last(case: Case, code: str) -> dict[str, Any] | None:
 
 
 def _spelled(order: str) -> str:
-    words = {"z": "zero_grad", "b": "backward", "c": "clip", "l": "schedule", "s": "step"}
+    words = {"z": "zero_grad", "b": "backward", "c": "clip", "l": "schedule", "u": "unscale", "s": "step"}
     return ", ".join(words.get(letter, letter) for letter in order)

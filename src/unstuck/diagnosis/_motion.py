@@ -23,6 +23,7 @@ FURTHER = 20  # doublings of the way
 ELSEWHERE = 32  # rows to look at elsewhere, where batches are smaller
 BLOCKS = 12
 BLOCKS_OF_ALL = 50  # stretches of a run by which a rise is told from a single bad batch
+AT_CHANCE = 0.9  # of what guessing earns: a loss that has not left it
 MOMENTS, APART = 5, 5  # at which the curvature is measured, and the steps between two of them
 
 
@@ -43,6 +44,17 @@ def trend(case: Case) -> Evidence | None:
     slopes = sorted((blocks[j] - blocks[i]) / (j - i) for i in range(BLOCKS) for j in range(i + 1, BLOCKS))
     low, middle, high = (slopes[int(q * (len(slopes) - 1))] * BLOCKS for q in (0.1, 0.5, 0.9))
     return Evidence("trend", middle, low, high, len(window), "change of ln(loss) over the last third of the run")
+
+
+def waited(case: Case) -> Evidence | None:
+    """For how many steps the loss stood at what guessing earns before it first fell; 0 where that is not known."""
+    losses = [x for x in case.losses if math.isfinite(x)]
+    if case.guess is None or not losses:
+        return None
+    width = max(len(losses) // BLOCKS_OF_ALL, 5)
+    means = [statistics.fmean(losses[k : k + width]) for k in range(0, len(losses) - width + 1, width)]
+    there = next((k for k, m in enumerate(means) if m < AT_CHANCE * case.guess), len(means))
+    return Evidence.exact("steps at chance", there * width, "before the loss first fell", n=len(losses))
 
 
 def level(case: Case) -> Evidence | None:

@@ -3,6 +3,7 @@
 from unstuck.diagnosis import _motion as motion
 from unstuck.diagnosis import _remedies as remedies
 from unstuck.diagnosis import _structure as structure
+from unstuck.diagnosis._begins import TINY, WAITED
 from unstuck.diagnosis._case import Case
 from unstuck.diagnosis._findings import plain
 from unstuck.diagnosis._hypothesis import (
@@ -13,6 +14,7 @@ from unstuck.diagnosis._hypothesis import (
     LIFE,
     SIGHT,
     SIGNAL,
+    SLOW,
     STUCK,
     Hypothesis,
     Prediction,
@@ -67,6 +69,14 @@ def _critical_point(case: Case) -> str:
     )
 
 
+def _from_zero(case: Case) -> str:
+    return (
+        f"The weights began so near zero (signals of an rms of {plain(value(case, 'signal at the start'))}) that the "
+        f"gradient hardly led away from there: the loss stood at the level of guessing for "
+        f"{plain(value(case, 'steps at chance'))} steps."
+    )
+
+
 def _way_out(case: Case) -> list[Remedy]:
     found = case.once(motion.way_out)
     step = [] if found is None else [remedies.along(found[1], _everything(case))]
@@ -74,7 +84,7 @@ def _way_out(case: Case) -> list[Remedy]:
 
 
 def _saturated(case: Case) -> str:
-    return f"{value(case, 'saturation'):.0%} of the activations lie on the flat part of a tanh or sigmoid."
+    return f"{value(case, 'flat activations'):.0%} of the activations lie on the flat part of a tanh or sigmoid."
 
 
 def _unsaturated(case: Case) -> list[Remedy]:
@@ -87,6 +97,15 @@ def _vanishing(case: Case) -> str:
         "The gradient vanishes on its way back: in the first layer it is "
         f"{plain(value(case, 'gradient of the first layer'))} of what it is in the last one, while no unit is dead or "
         "saturated, and the outputs do not depend on the inputs."
+    )
+
+
+def _vanished(case: Case) -> str:
+    return (
+        "At the start the gradient vanished on its way back through "
+        f"{plain(value(case, 'squashing layers'))} layers of tanh or sigmoid: in the first layer it was "
+        f"{plain(value(case, 'gradient of the first layer at the start'))} of what it was in the last one, and the "
+        f"loss stood at the level of guessing for {plain(value(case, 'steps at chance'))} steps."
     )
 
 
@@ -129,10 +148,21 @@ ORIGINS: tuple[Hypothesis, ...] = (
         decisive=True,
     ),
     Hypothesis(
+        "dead-units",
+        (STUCK, SLOW),
+        (
+            Prediction("dead units", 0.6, 0.9, "the units are alive", premise=True),
+            SIGNAL,
+        ),
+        _dead,
+        "Initialise the dead units afresh, their bias at 0; a leaky activation cannot die.",
+        lambda case: [remedies.revive(structure.dead_rows(case), least=remedies.FAR)],
+    ),
+    Hypothesis(
         "killed",
         (BLIND, STUCK),
         (
-            Prediction("units at rest", 0.9, 1, "the units are alive ({value:.0%} of the worst layer are at rest)"),
+            Prediction("units at rest", 0.8, 1, "the units are alive ({value:.0%} of the worst layer are at rest)"),
             SIGNAL,
             Prediction("growth of the weights", 8, INF, "the weights have not grown (‖w‖ is {shown} × its start)"),
         ),
@@ -167,10 +197,23 @@ ORIGINS: tuple[Hypothesis, ...] = (
         evidence=("escape gain",),
     ),
     Hypothesis(
+        "saddle",
+        (STUCK, SLOW),
+        (
+            WAITED,
+            Prediction("signal at the start", 0, TINY, "the signals began at an rms of {shown}", premise=True),
+            Prediction("zero weights at the start", 0, 0.5, "the weights started at exactly zero", needed=False),
+        ),
+        _from_zero,
+        "Initialise at the usual scale (Kaiming or Xavier).",
+        lambda case: [remedies.renew(_everything(case), case.names, "weights initialised afresh", least=remedies.FAR)],
+        origin=lambda case: case.start,
+    ),
+    Hypothesis(
         "plateau",
         (BLIND, STUCK),
         (
-            Prediction("saturation", 0.5, 1, "the activations are not on a flat part ({value:.0%} are saturated)"),
+            Prediction("flat activations", 0.5, 1, "the activations are not on a flat part ({value:.0%} are)"),
             Prediction(
                 "relative gradient", 0, 0.05, "the gradient is large: ‖g‖‖w‖/L = {shown}, on a plateau below 0.05"
             ),
@@ -209,6 +252,28 @@ ORIGINS: tuple[Hypothesis, ...] = (
         _vanishing,
         "Use ReLU and its kin with their initialisation, connections that skip layers, or a norm between them.",
         decisive=True,
+    ),
+    Hypothesis(
+        "vanishing-gradient",
+        (STUCK, SLOW),
+        (
+            WAITED,
+            Prediction("squashing layers", 2, INF, "there is hardly a tanh or sigmoid", premise=True),
+            Prediction("saturation at the start", 0, 0.25, "a layer began saturated ({value:.0%})"),
+            Prediction(
+                "gradient of the first layer at the start",
+                0,
+                0.05,
+                "the gradient reached the first layer ({shown} of the last one's at the start)",
+            ),
+            Prediction(
+                "smallest signal at the start", 0.05, INF, "the signal itself fades (to an rms of {shown} at the start)"
+            ),
+        ),
+        _vanished,
+        "Use ReLU and its kin with their initialisation, connections that skip layers, or a norm between them.",
+        lambda case: [remedies.rectified(case, least=remedies.FAR)],
+        origin=lambda case: case.start,
     ),
     Hypothesis(
         "poor-minimum",

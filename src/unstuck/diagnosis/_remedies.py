@@ -1,7 +1,7 @@
 """Remedies: what a hypothesis predicts to help, as a change to a copy of the run."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from unstuck.diagnosis._case import Case, comparison
 from unstuck.diagnosis._findings import plain
 from unstuck.diagnosis._settings import setting
 from unstuck.diagnosis._steering import DROPOUTS
+from unstuck.diagnosis._structure import squashing
 from unstuck.diagnosis._trial import LEAST, Fork, Remedy
 from unstuck.diagnosis._wires import wires
 from unstuck.objective import Instruction, Program, Tape
@@ -19,6 +20,7 @@ from unstuck.record import State
 # What a cooled arm must gain before it tells a fault from a healthy run, as measured on both (ln of the losses' ratio)
 SLIGHTLY = -0.03  # a lower rate where the step is far beyond what the curvature bears
 FAR = math.log(0.8)  # one elsewhere: where nothing is wrong but a short run is not done yet it gains up to 16 %
+BY_HALF = math.log(0.5)  # where the premise alone says little
 FARTHER = math.log(0.7)  # a larger batch, which sees more data than the control: up to 24 % where nothing is wrong
 
 
@@ -31,6 +33,16 @@ def rate(state: State | None, factor: float, *, least: float = LEAST) -> Remedy:
     change = f"× {_round(factor)}" if factor > 1 else f"÷ {_round(1 / factor)}"
     name = f"learning rate {old * factor:.2g} ({change})" if old else f"learning rate {change}"
     return Remedy(name, lambda copy: copy.scale_rate(factor), least=least)
+
+
+def together(*both: Remedy) -> Remedy:
+    """Several remedies at once, named after all; as much is asked of them as of the first."""
+
+    def apply(copy: Fork) -> None:
+        for remedy in both:
+            remedy.apply(copy)
+
+    return replace(both[0], name=" and ".join(r.name for r in both), apply=apply)
 
 
 def rate_at(height: float) -> Remedy:
@@ -89,22 +101,22 @@ def less_momentum(beta: float) -> Remedy:
     return Remedy(f"momentum {beta:g}", apply, least=SLIGHTLY)
 
 
-def unclipped() -> Remedy:
+def unclipped(*, least: float = LEAST) -> Remedy:
     """Gradients at their full length."""
 
     def apply(copy: Fork) -> None:
         copy.clip = math.inf
 
-    return Remedy("no clipping", apply)
+    return Remedy("no clipping", apply, least=least)
 
 
-def looser_clip(norm: float) -> Remedy:
+def looser_clip(norm: float, *, least: float = LEAST) -> Remedy:
     """Gradients shortened to a larger norm."""
 
     def apply(copy: Fork) -> None:
         copy.clip = norm
 
-    return Remedy(f"clipping at {norm:.2g}", apply)
+    return Remedy(f"clipping at {norm:.2g}", apply, least=least)
 
 
 def altered(label: str, change: Callable[[Tape], Tape], *, least: float = LEAST) -> Remedy:
@@ -150,6 +162,28 @@ def _with_dropout(program: Program, limit: float) -> Program:
     return replace(program, instructions=tuple(map(changed, program.instructions)))
 
 
+def rectified(case: Case, *, least: float = LEAST) -> Remedy:
+    """Rectified units in the place of those of tanh or sigmoid between the layers, and weights of a size for them."""
+    made: dict[int, Program] = {}
+
+    def change(tape: Tape) -> Tape:
+        program = made.setdefault(id(tape.program), _rectified(tape.program))
+        return replace(tape, program=program)
+
+    every = sorted({k for t in case.fixed for k in t.program.reads()})
+    swap = altered("ReLU in the place of tanh or sigmoid", change, least=least)
+    return together(swap, renew(every, case.names, "weights initialised afresh"))
+
+
+def _rectified(program: Program) -> Program:
+    places = set(squashing(program))
+    calls = (
+        replace(c, function=torch.relu, name="relu", kwargs=()) if k in places else c
+        for k, c in enumerate(program.instructions)
+    )
+    return replace(program, instructions=tuple(calls))
+
+
 def without_outliers(change: Callable[[Tape], Tape]) -> Remedy:
     """Steps whose furthest rows are drawn in; all arms are judged on such."""
     return replace(altered("rows far out drawn in", change, least=FAR), judged=change)
@@ -191,6 +225,18 @@ def renew(parameters: Iterable[int], names: Sequence[str], label: str, *, least:
             copy.set_weight(k, fresh(copy, k))
 
     return Remedy(label, apply, least=least)
+
+
+def revive(dead: Mapping[int, torch.Tensor], *, least: float = LEAST) -> Remedy:
+    """Initialises some units of layers afresh: rows of matrices as above, the other numbers of theirs at 0."""
+
+    def apply(copy: Fork) -> None:
+        for k, rows in dead.items():
+            w = copy.weights[k].detach()
+            fresh = copy.noise(w) * math.sqrt(2 / w[0].numel()) if w.dim() > 1 else torch.zeros_like(w)
+            copy.set_weight(k, torch.where(rows.view(-1, *[1] * (w.dim() - 1)), fresh, w))
+
+    return Remedy("dead units initialised afresh", apply, least=least)
 
 
 def along(direction: torch.Tensor, parameters: Iterable[int]) -> Remedy:

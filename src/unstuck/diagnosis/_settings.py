@@ -105,6 +105,17 @@ def rate_lost(case: Case) -> Evidence | None:
     )
 
 
+def rate_fallen(case: Case) -> Evidence | None:
+    """How many times its present value the rate was when the loss was at its worst."""
+    rates = dict(zip(*case.run.series("lr"), strict=True))
+    worst = max(zip(case.losses, case.steps, strict=True), default=(0.0, 0))[1]
+    if not rates or not rates.get(worst) or not all(map(math.isfinite, case.losses)):
+        return None
+    now = rates[max(rates)]
+    fall = rates[worst] / now if now else math.inf
+    return Evidence.exact("fall of the rate", fall, "the rate at the worst loss over the present one", n=len(rates))
+
+
 def rate_rising(case: Case) -> Evidence | None:
     """How many times its first value the rate is, where it has risen to the very end of the run."""
     rates = case.run.series("lr")[1]

@@ -23,11 +23,12 @@ from unstuck.diagnosis._hypothesis import (
     Prediction,
     value,
 )
-from unstuck.diagnosis._trial import Remedy
+from unstuck.diagnosis._trial import LEAST, Remedy
 from unstuck.diagnosis._wires import wires
 
 BEYOND = 5.0  # λ₁η from which on a lower rate need gain little (healthy runs that stand still: below 3.3)
 FAR_BELOW = 1 / 64  # λ₁η: a rate that could be over 100 times as high (healthy runs that are slow: 0.02 and more)
+STRONG = 0.1  # of the gradient that clipping leaves: no healthy run comes near that
 SMALLEST = 4  # rows of a part of a batch
 EDGE = 2.0  # λ₁η up to which a step of the mean loss is stable (measured: bouncing 4 and more, noise below 1.5)
 
@@ -97,7 +98,9 @@ def _clipped_away(case: Case) -> str:
 
 
 def _unclipped(case: Case) -> list[Remedy]:
-    return [remedies.unclipped(), remedies.looser_clip(case.clip / value(case, "what clipping leaves") / 2)]
+    left = value(case, "what clipping leaves")
+    least = LEAST if left < STRONG else remedies.FAR
+    return [remedies.unclipped(least=least), remedies.looser_clip(case.clip / left / 2, least=least)]
 
 
 def _run_dry(case: Case) -> str:
@@ -201,7 +204,7 @@ STEPS: tuple[Hypothesis, ...] = (
         "clip-too-strong",
         (STUCK, SLOW),
         (
-            Prediction("what clipping leaves", 0, 0.1, "clipping leaves {value:.0%} of the gradient", premise=True),
+            Prediction("what clipping leaves", 0, 0.3, "clipping leaves {value:.0%} of the gradient", premise=True),
             SIGHT,
         ),
         _clipped_away,

@@ -13,6 +13,7 @@ from unstuck.diagnosis._case import Case, Comparison, comparison
 from unstuck.diagnosis._findings import Evidence
 from unstuck.objective import Instruction, Program, Slot, Tape, tensors
 
+FLAT = 0.1  # of the largest slope of a tanh or sigmoid: where a gradient hardly passes
 DEPENDS = 0.002  # the least share of the outputs' variance that inputs must account for
 RECTIFIERS = frozenset(("relu", "relu_", "relu6", "clamp_min", "threshold"))
 SIGMOIDS = {"tanh": 1.0, "tanh_": 1.0, "sigmoid": 0.25, "sigmoid_": 0.25}  # the largest derivative
@@ -26,6 +27,7 @@ class Census:
     targets: list[Tensor] = field(default_factory=list)
     fired: dict[int, Tensor] = field(default_factory=dict)  # by call: whether each unit was ever above 0
     saturated: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    flat: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
     scales: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))  # rms before an activation
 
 
@@ -75,6 +77,7 @@ def _take_activation(taken: Census, place: int, name: str, before: Tensor, after
     else:
         slope = 1 - by_unit**2 if name.startswith("tanh") else by_unit * (1 - by_unit)
         taken.saturated[place].append(float((slope < 0.01 * SIGMOIDS[name]).double().mean()))
+        taken.flat[place].append(float((slope < FLAT * SIGMOIDS[name]).double().mean()))
     taken.scales[place].append(float(before.detach().double().square().mean().sqrt()))
 
 
@@ -129,6 +132,12 @@ def saturation(case: Case) -> Evidence | None:
     )
 
 
+def flatness(case: Case) -> Evidence | None:
+    shares = [sum(s) / len(s) for s in case.once(take_census).flat.values()]
+    meaning = f"share of activations whose slope is below {FLAT:g} of the largest there is"
+    return Evidence.exact("flat activations", max(shares, default=0.0), meaning, n=_examples(case))
+
+
 def at_rest(case: Case) -> Evidence | None:
     """Dead units, or in a network that is blind saturated ones: elsewhere a saturated output may just be sure."""
     shares = [case["dead units"]]
@@ -156,10 +165,17 @@ def _examples(case: Case) -> int:
 
 def gradients(case: Case) -> tuple[tuple[int, ...], tuple[Tensor, ...], float] | None:
     """The mean gradient of the fixed tapes: which parameters, their gradients, the mean loss."""
-    if case.state is None or not case.fixed:
-        return None
+    return None if case.state is None or not case.fixed else _slopes(case, case.state.weights)
+
+
+def gradients_at_start(case: Case) -> tuple[tuple[int, ...], tuple[Tensor, ...], float] | None:
+    """The same at the first weights."""
+    return None if case.start is None or case.start.step or not case.fixed else _slopes(case, case.start.weights)
+
+
+def _slopes(case: Case, weights: Sequence[Tensor]) -> tuple[tuple[int, ...], tuple[Tensor, ...], float]:
     used = sorted({k for t in case.fixed for k in t.program.reads()})
-    values = [w.clone().requires_grad_(w.is_floating_point()) for w in case.state.weights]
+    values = [w.clone().requires_grad_(w.is_floating_point()) for w in weights]
     total, loss = [torch.zeros_like(values[k]) for k in used], 0.0
     for tape in case.fixed:
         here = tape.replay(values)
@@ -241,16 +257,37 @@ def dead_layers(case: Case, program: Program) -> list[int]:
     return list(dict.fromkeys(k for place in places for k in layers_feeding(program, place)))
 
 
+def dead_rows(case: Case) -> dict[int, Tensor]:
+    """Which units of a layer never fire, by the parameters that make them."""
+    program, taken = case.fixed[-1].program, case.once(take_census)
+    found: dict[int, Tensor] = {}
+    for place, fired in taken.fired.items():
+        for k in layers_feeding(program, place) if place < len(program.instructions) else ():
+            if case.state is not None and case.state.weights[k].shape[:1] == fired.shape:
+                found[k] = ~fired
+    return found
+
+
 def saturated_layers(case: Case, program: Program) -> list[int]:
-    """Parameters of the layers most of whose activations are saturated."""
-    shares = case.once(take_census).saturated
+    """Parameters of the layers most of whose activations are flat."""
+    shares = case.once(take_census).flat
     places = [k for k, s in shares.items() if sum(s) / len(s) > 0.5 and k < len(program.instructions)]
     return list(dict.fromkeys(k for place in places for k in layers_feeding(program, place)))
 
 
 def first_gradient(case: Case) -> Evidence | None:
     """The root mean square gradient of the first weight matrix over that of the last one, in the order of their use."""
-    found = case.once(gradients)
+    return _first_over_last(case, "gradient of the first layer", case.once(gradients))
+
+
+def first_gradient_at_start(case: Case) -> Evidence | None:
+    """The same at the first weights."""
+    return _first_over_last(case, "gradient of the first layer at the start", case.once(gradients_at_start))
+
+
+def _first_over_last(
+    case: Case, name: str, found: tuple[tuple[int, ...], tuple[Tensor, ...], float] | None
+) -> Evidence | None:
     if found is None or not case.fixed:
         return None
     slopes = dict(zip(found[0], found[1], strict=True))
@@ -259,7 +296,21 @@ def first_gradient(case: Case) -> Evidence | None:
     if len(sizes) < 2 or not sizes[-1]:
         return None
     meaning = "rms gradient of the first weight matrix over that of the last"
-    return Evidence.exact("gradient of the first layer", sizes[0] / sizes[-1], meaning, n=len(case.fixed))
+    return Evidence.exact(name, sizes[0] / sizes[-1], meaning, n=len(case.fixed))
+
+
+def squashing(program: Program) -> list[int]:
+    """The calls of tanh or sigmoid that a later layer follows."""
+    layers = [k for k, c in enumerate(program.instructions) if any(s < program.parameters for s in c.slots())]
+    last = max(layers, default=0)
+    return [k for k, c in enumerate(program.instructions) if c.name in SIGMOIDS and k < last]
+
+
+def squashing_layers(case: Case) -> Evidence | None:
+    if not case.fixed:
+        return None
+    count = len(squashing(case.fixed[-1].program))
+    return Evidence.exact("squashing layers", count, "calls of tanh or sigmoid between the layers")
 
 
 def mean_loss(weights: Sequence[Tensor], tapes: Sequence[Tape]) -> float:

@@ -60,6 +60,7 @@ class Recorder(TorchFunctionMode):
         self._losses: list[Tensor] = []
         self._elastic = False  # whether there are shapes that depend on the parameters
         self._looked = False  # whether a gradient was looked at or set after a backward()
+        self._cleared = False  # whether gradients were cleared between two backward() calls
         self._off = False
 
     def __enter__(self) -> Any:
@@ -234,8 +235,14 @@ class Recorder(TorchFunctionMode):
         self.seconds += perf_counter() - returned + called - began
         return result
 
-    def root(self, roots: Sequence[Tensor]) -> None:
-        """Notes what backward() is called on."""
+    @property
+    def looked(self) -> bool:
+        """Whether the script looked at a gradient, or set one, since the first backward()."""
+        return self._looked
+
+    def root(self, roots: Sequence[Tensor], *, cleared: bool = False) -> None:
+        """Notes what backward() is called on, and whether the gradients of the one before were cleared meanwhile."""
+        self._cleared = self._cleared or (cleared and bool(self._values.roots))
         self._off = True  # what we ask of the roots is no part of the step
         try:
             for tensor in roots:
@@ -253,7 +260,7 @@ class Recorder(TorchFunctionMode):
             self._values.refuse(call.refusal or "backward() was called on a tensor that no recorded call made")
         elif tensor.numel() != 1:
             self._values.refuse("backward() was called on a tensor that is not a scalar")
-        elif self._looked:
+        elif self._looked or self._cleared:
             self._values.refuse("a gradient was read or changed between two backward() calls of the step")
         elif self._values.spoiled(tensor):
             self._values.refuse(NUMPY)

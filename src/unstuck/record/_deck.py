@@ -145,11 +145,16 @@ class Deck:
             if self._recorder is recorder:
                 insert(recorder)
 
-    def root(self, roots: Sequence[Tensor]) -> None:
-        """A backward() begins."""
+    @property
+    def looked(self) -> bool:
+        """Whether the script has looked at a gradient of the step that is being recorded."""
+        return self._recorder is not None and self._recorder.looked
+
+    def root(self, roots: Sequence[Tensor], *, cleared: bool = False) -> None:
+        """A backward() begins; `cleared` is as of `Recorder.root`."""
         if self._recorder is None:
             return
-        self._recorder.root(roots)
+        self._recorder.root(roots, cleared=cleared)
         due = self._changed and (not self._programs or _seldom(self._made + 1))
         if self._heard is None and (due or self._awaited):
             self._heard = Heard()

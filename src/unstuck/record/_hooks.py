@@ -60,8 +60,8 @@ class Hooks:
         self.seconds = 0.0
         self.order: deque[str] = deque(maxlen=LONGEST)
         self.paused = False
-        self.traces = False  # whether the place of the next zero_grad() is wanted
-        self.cleared_at = ""  # that place, as file:line
+        self.traces = ""  # the letter of the call whose place is wanted when it comes next
+        self.places: dict[str, str] = {}  # those found, as file:line, by letter
         self._listener = listener
         self._failed = False  # or forked: the listener is not called any more
         self._undo: list[Callable[[], None]] = []
@@ -78,6 +78,7 @@ class Hooks:
             self._wrap(torch, "compile", before=lambda _: self._listener.compiling()),
             self._wrap(torch.amp.GradScaler, "scale", after=self._scaled),
             self._wrap(torch.amp.GradScaler, "update", after=lambda *_: self._listener.scale_updated()),
+            self._wrap(torch.amp.GradScaler, "unscale_", before=self._unscaled),
             self._around(torch.overrides, "has_torch_function", self._listener.aside),
             *(self._noted(owner, name, what) for what, owner, name in CALLS),
         ]
@@ -114,6 +115,10 @@ class Hooks:
     def _scaled(self, given: tuple[Any, ...], result: Any) -> None:
         if len(given) > 1:
             self._listener.scaled(given[1], result)
+
+    def _unscaled(self, given: tuple[Any, ...]) -> None:
+        if given[0].is_enabled():
+            self.order.append("u")
 
     def _wrap(
         self,
@@ -157,9 +162,12 @@ class Hooks:
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             note(what)
-            if self.traces and what == "z":
-                self.cleared_at, self.traces = caller(), False
-            return original(*args, **kwargs)
+            if self.traces == what:
+                self.places[what], self.traces = caller(), ""
+            if what != "z":
+                return original(*args, **kwargs)
+            with self._listener.aside():  # it looks at gradients to clear them, and not for what they are
+                return original(*args, **kwargs)
 
         return _exchange(owner, name, original, wrapped)
 

@@ -210,7 +210,7 @@ class Watch:
                 self._losses.append(loss.item() if loss.is_cpu and not listening else loss.detach())
         if self._stale.left:
             self._stale.note_backward()
-        self._deck.root(roots)
+        self._deck.root(roots, cleared=listening and self._loop.backward(looked=self._deck.looked))
 
     def _unscaled(self, root: Tensor) -> Tensor:
         return next((loss for result, loss in self._scaled if result is root), root)
