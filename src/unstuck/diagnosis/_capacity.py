@@ -15,9 +15,10 @@ from unstuck.diagnosis._case import Case, distinct
 from unstuck.diagnosis._findings import Evidence
 from unstuck.diagnosis._held_out import Answers, answers_for, input_place
 from unstuck.diagnosis._remedies import without_dropout
+from unstuck.diagnosis._restarts import learned
 from unstuck.diagnosis._structure import mean_loss
 from unstuck.diagnosis._wires import losses, wires
-from unstuck.objective import Constant, TapeError
+from unstuck.objective import Constant
 
 LEARNED = 0.75  # of the rows: what the wide network learns, to be judged on the rest
 FEWEST, MOST = 200, 6000  # rows
@@ -148,7 +149,7 @@ def gained(case: Case) -> Evidence | None:
     now, first = mean_loss(case.state.weights, judge), case.start.weights
     share = -math.inf
     for start, rate in ((first, RATES[0]), (_fresh(case, first, 0), RATES[1]), (_fresh(case, first, 1), RATES[0])):
-        end = _learned(case, start, train, judge, rate)
+        end = learned(start, train, judge, rate, steps=ANEW)
         if now > 0 and 0 < end < math.inf:
             share = max(share, math.log(now / end) / math.log(1 / found.ratio))
         if share > ENOUGH:
@@ -171,21 +172,6 @@ def _fresh(case: Case, like: Sequence[Tensor], seed: int) -> list[Tensor]:
         return torch.ones_like(w) if case.names[k].endswith("weight") else torch.zeros_like(w)
 
     return [anew(k, w) for k, w in enumerate(like)]
-
-
-def _learned(case: Case, start: Sequence[Tensor], train: Sequence, judge: Sequence, rate: float) -> float:
-    """The loss on the tapes to judge by after some cooled steps of Adam; infinite where one cannot be taken."""
-    weights = [w.detach().clone().requires_grad_(w.is_floating_point()) for w in start]
-    optimizer = torch.optim.Adam([weights[k] for k in sorted({k for t in train for k in t.program.reads()})], lr=rate)
-    try:
-        for k in range(ANEW):
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, 3 * (ANEW - k) / ANEW)
-            optimizer.zero_grad()
-            train[k % len(train)].replay(weights).backward()
-            optimizer.step()
-        return mean_loss(weights, judge)
-    except TapeError:
-        return math.inf
 
 
 def narrowest(case: Case) -> str:

@@ -222,15 +222,15 @@ def _proved(h: Hypothesis, remedies: Sequence[Remedy], trial: Trial) -> set[str]
 
 
 def _finding(case: Case, h: Hypothesis, word: str, advice: str, trial: Trial | None) -> Finding:
-    step = case.steps[0] if AMISS in h.symptoms else since(case)
+    always = AMISS in h.symptoms or (SLOW in h.symptoms and h.origin(case) is case.start)  # what the run began with
+    step = case.steps[0] if always else since(case)
     return Finding(h.code, word, step, _place(case, h), h.claim(case), advice, _evidence(case, h), trial=trial)
 
 
 def _evidence(case: Case, h: Hypothesis) -> tuple[Evidence, ...]:
     """The quantities that the hypothesis predicted, after the ones that make the symptom."""
-    names = dict.fromkeys(
-        ("loss over chance", "trend", *h.evidence, *(p.quantity for p in (*h.predictions, *h.experiment)))
-    )
+    asked = (p.quantity for p in (*h.predictions, *h.experiment) if p.low < p.high)  # the others say yes or no
+    names = dict.fromkeys(("loss over chance", "trend", *h.evidence, *asked))
     return tuple(found for name in names if (found := case[name]) is not None)
 
 

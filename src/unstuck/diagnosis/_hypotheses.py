@@ -4,6 +4,7 @@ from unstuck.diagnosis import _capacity as capacity
 from unstuck.diagnosis import _data as data
 from unstuck.diagnosis import _layers as layers
 from unstuck.diagnosis import _motion as motion
+from unstuck.diagnosis import _restarts as restarts
 from unstuck.diagnosis import _separable as separable
 from unstuck.diagnosis import _settings as settings
 from unstuck.diagnosis import _start as start
@@ -12,7 +13,7 @@ from unstuck.diagnosis._begins import BEGINS, SATURATED
 from unstuck.diagnosis._case import Measure
 from unstuck.diagnosis._given import GIVEN
 from unstuck.diagnosis._hypothesis import Hypothesis
-from unstuck.diagnosis._limits import SEPARABLE, SMALL
+from unstuck.diagnosis._limits import POOR, SEPARABLE, SMALL
 from unstuck.diagnosis._origins import ORIGINS
 from unstuck.diagnosis._steps import STEPS
 
@@ -20,6 +21,7 @@ MEASURES: dict[str, Measure] = {
     "trend": motion.trend,
     "loss over chance": motion.level,
     "rise of the loss": motion.rise,
+    "loss over its lowest": motion.risen,
     "steps at chance": motion.waited,
     "input dependence": structure.input_dependence,
     "dead units": structure.dead_share,
@@ -71,6 +73,8 @@ MEASURES: dict[str, Measure] = {
     "loss of the same rows": capacity.left,
     "what a wide network leaves": capacity.wide,
     "what its own network gains": capacity.gained,
+    "what its own start reaches": restarts.own_start,
+    "what another start reaches": restarts.other_starts,
     "dropout": layers.dropout_rate,
     "numbers to a norm": layers.rows_per_norm,
     "scale of the loss": layers.loss_scale,
@@ -80,4 +84,4 @@ MEASURES: dict[str, Measure] = {
 }
 
 
-HYPOTHESES: tuple[Hypothesis, ...] = (SEPARABLE, *GIVEN, *BEGINS, *ORIGINS, SATURATED, *STEPS, SMALL)
+HYPOTHESES: tuple[Hypothesis, ...] = (SEPARABLE, *GIVEN, *BEGINS, *ORIGINS, SATURATED, *STEPS, SMALL, POOR)

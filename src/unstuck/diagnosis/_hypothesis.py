@@ -11,6 +11,7 @@ from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
 INF = math.inf
+RISEN = 1.5  # times its lowest: a loss that had been so much lower does not fall (of 158 healthy runs: 1.3 at most)
 SLOWLY = 8  # steps after which a loss can be slow
 SORTED = 0.7  # of the spread of all targets, within a batch: such batches do not come at random
 BACK = 2.5  # times what guessing earns: a loss that blew up and has come back to it does not blow up any more,
@@ -74,7 +75,9 @@ def symptom(case: Case) -> str | None:
     if dependence is not None and dependence.value < DEPENDS and at_chance(case):
         return BLIND
     trend = case["trend"]
-    flat = trend is not None and (trend.value > -0.15 or trend.high > 0.3)
+    flat = trend is not None and (
+        trend.value > -0.15 or trend.high > 0.3 or value(case, "loss over its lowest") > RISEN
+    )
     if level is not None and level.value > 0.05 and (flat or len(case.losses) >= SLOWLY):
         return STUCK if flat else SLOW
     return AMISS if _began_amiss(case) else None

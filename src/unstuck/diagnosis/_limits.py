@@ -2,7 +2,7 @@
 
 from unstuck.diagnosis import _capacity as capacity
 from unstuck.diagnosis._case import Case
-from unstuck.diagnosis._hypothesis import INF, LIFE, SIGHT, STUCK, Hypothesis, Prediction, value
+from unstuck.diagnosis._hypothesis import BLIND, INF, LIFE, SIGHT, STUCK, Hypothesis, Prediction, value
 
 
 def _unseparated(case: Case) -> str:
@@ -19,6 +19,13 @@ def _too_narrow(case: Case) -> str:
         "The network is too small for what the data hold: a wide one that learned some of the recorded rows leaves "
         f"{value(case, 'what a wide network leaves'):.0%} of its loss on the others, and trained anew, from its own "
         f"start and from fresh ones, it does not come near that.{f' {narrow}.' if narrow else ''}"
+    )
+
+
+def _no_good(case: Case) -> str:
+    return (
+        "The run lies in a minimum that is no good: the gradient is small, and no probe finds a way down, while from "
+        f"other first weights a few steps leave {value(case, 'what another start reaches'):.0%} of the loss."
     )
 
 
@@ -48,6 +55,25 @@ SEPARABLE = Hypothesis(
         ),
     ),
 )  # weighed before outliers, which may be what draws the fit away
+
+POOR = Hypothesis(
+    "poor-minimum",
+    (BLIND, STUCK),
+    (
+        Prediction("loss over chance", 0.5, 2, "the loss is {value:.0%} of what guessing earns"),
+        Prediction(
+            "relative gradient", 0, 1, "the gradient is large: ‖g‖‖w‖/L = {shown}, near a minimum it is below 1"
+        ),
+        Prediction("drift gain", 0, 0.01, "the loss falls by {value:.0%} further along its way", needed=False),
+    ),
+    _no_good,
+    "Start again from another initialisation, or from several; give the network more width.",
+    decisive=True,
+    experiment=(
+        Prediction("what its own start reaches", 0.6, INF, "trained anew from its own start it gets to {value:.0%}"),
+        Prediction("what another start reaches", 0, 0.5, "from other starts it comes to no less than {value:.0%}"),
+    ),
+)  # weighed last
 
 SMALL = Hypothesis(
     "capacity-too-small",

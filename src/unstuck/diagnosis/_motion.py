@@ -87,6 +87,22 @@ def rise(case: Case) -> Evidence | None:
     return Evidence.exact("rise of the loss", max(means) / case.losses[0], meaning, n=len(case.losses))
 
 
+def risen(case: Case) -> Evidence | None:
+    """The mean loss of the last quarter of the run over the lowest that it had been before, of twelfths."""
+    finite = [x for x in case.losses if math.isfinite(x)]
+    if len(finite) < STEPS:
+        return None
+    size = len(finite) / BLOCKS
+    blocks = [statistics.fmean(finite[int(k * size) : int((k + 1) * size)]) for k in range(BLOCKS)]
+    low = min(blocks[: -BLOCKS // 4])
+    if low <= 0:
+        return None
+    meaning = "mean of the last quarter of the run over that of its best twelfth before"
+    return Evidence.exact(
+        "loss over its lowest", statistics.fmean(blocks[-BLOCKS // 4 :]) / low, meaning, n=len(finite)
+    )
+
+
 def update(
     state: State,
     tape: Tape,

@@ -12,7 +12,6 @@ from unstuck.diagnosis._hypothesis import (
     DEATH,
     INF,
     LIFE,
-    SIGHT,
     SIGNAL,
     SLOW,
     STUCK,
@@ -22,6 +21,9 @@ from unstuck.diagnosis._hypothesis import (
 )
 from unstuck.diagnosis._trial import Remedy
 
+ALWAYS = Prediction(
+    "loss over its lowest", 0, 1.5, "the loss is {shown} times what it had been: a step killed them", needed=False
+)
 GENUINE = 0.05  # a saddle leads down to both sides by this share of the loss
 
 
@@ -141,6 +143,7 @@ ORIGINS: tuple[Hypothesis, ...] = (
                 "the weights are {shown} × as long as at the start: a step killed them",
                 needed=False,
             ),
+            ALWAYS,
         ),
         _dead,
         "Initialise the dead layer afresh, its bias at 0; a leaky activation cannot die.",
@@ -153,6 +156,7 @@ ORIGINS: tuple[Hypothesis, ...] = (
         (
             Prediction("dead units", 0.6, 0.9, "the units are alive", premise=True),
             SIGNAL,
+            ALWAYS,
         ),
         _dead,
         "Initialise the dead units afresh, their bias at 0; a leaky activation cannot die.",
@@ -246,6 +250,13 @@ ORIGINS: tuple[Hypothesis, ...] = (
                 "the gradient reaches the first layer ({shown} of the last one's)",
             ),
             Prediction(
+                "gradient of the first layer at the start",
+                0,
+                0.05,
+                "the gradient reached the first layer at the start ({shown} of the last one's)",
+                needed=False,
+            ),
+            Prediction(
                 "growth of the weights", 0, 8, "the weights are {shown} × as long as at the start", needed=False
             ),
         ),
@@ -274,18 +285,5 @@ ORIGINS: tuple[Hypothesis, ...] = (
         "Use ReLU and its kin with their initialisation, connections that skip layers, or a norm between them.",
         lambda case: [remedies.rectified(case, least=remedies.FAR)],
         origin=lambda case: case.start,
-    ),
-    Hypothesis(
-        "poor-minimum",
-        (),  # no measurement of one run shows that better is reachable: a rival only
-        (
-            SIGHT,
-            Prediction(
-                "relative gradient", 0, 1, "the gradient is large: ‖g‖‖w‖/L = {shown}, near a minimum it is below 1"
-            ),
-            Prediction("drift gain", 0, 0.01, "the loss falls by {value:.0%} further along its way", needed=False),
-        ),
-        lambda case: "The gradient is small and no probe finds a way down.",
-        "Start again from another initialisation, or give the network more width.",
     ),
 )

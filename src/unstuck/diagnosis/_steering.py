@@ -226,7 +226,8 @@ def batches(w: Wires) -> tuple[int, list[tuple[Tensor, ...]], list[int], list[in
         return None
     shares = [c for t in w.recent for c in t.of_shares(t.constants)]
     shares = [c for c in shares if [x.shape for x in c] == [x.shape for x in shares[-1]]]
-    rows = _rows([c[targets[0].at] for c in shares])
+    at = targets[0].at
+    rows = _rows([c[at] for t in w.tapes for c in t.of_shares(t.constants)])  # in a few of them rare ones may lack
     if rows is None or any(x.layout is not torch.strided or x.is_complex() for c in shares for x in c):
         return None
     aims = {y.at for y in targets}
@@ -240,10 +241,12 @@ def batches(w: Wires) -> tuple[int, list[tuple[Tensor, ...]], list[int], list[in
 
 
 def _rows(targets: Sequence[Tensor]) -> int | None:
-    """How many rows the targets have; None where they do not differ."""
-    first = targets[0]
-    same = all(torch.equal(y, first[:1].expand_as(y)) for y in targets) if first.dim() else True
-    return None if same or first.shape[0] < 2 else int(first.shape[0])
+    """How many rows the last ones have; None where no two of all differ."""
+    last = targets[-1]
+    if last.dim() == 0 or len(last) < 2:
+        return None
+    same = all(y.shape[1:] == last.shape[1:] and bool((y == last[:1]).all()) for y in targets)
+    return None if same else len(last)
 
 
 def _statistics(w: Wires) -> set[int]:
