@@ -1,5 +1,6 @@
 """What is known of a loss or a gradient that stopped being finite, in words."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ from unstuck.diagnosis._findings import SHOWN, Evidence, Finding
 from unstuck.record import Run
 
 EXPONENTIALS = frozenset("exp exp_ exp2 expm1 sinh cosh pow __pow__".split())
+RISEN = 10.0  # times its start
 ADVICE = {
     "overflow": "Compute this in a stable form (log_softmax, logsumexp, clamp its argument), or in a wider type.",
     "zeros": "Keep the argument away from 0 where it goes in: add a small constant there, or clamp it.",
@@ -52,7 +54,11 @@ def non_finite(run: Run) -> Finding | None:
 def forward_overflow(case: Case) -> Finding | None:
     """An exponential of numbers too large for its type, in a loss or a softmax written by hand."""
     fact = _first_call(case.run, "forward")
-    if fact is None or not fact.get("overflow") or fact.get("call") not in EXPONENTIALS:
+    if fact is None or fact.get("call") not in EXPONENTIALS:
+        return None
+    finite = [x for x in case.losses if math.isfinite(x)]
+    calm = bool(finite) and max(finite) < RISEN * finite[0]  # else a loss that blew up brought the numbers there
+    if not fact.get("overflow") and not (calm and fact["inf"] and not fact["nan"]):
         return None
     return _of_call(case.run, fact, "forward-overflow", ADVICE["overflow"])
 
