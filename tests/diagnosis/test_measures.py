@@ -12,6 +12,7 @@ from tests import oracles
 from torch import nn
 
 from unstuck.diagnosis import _motion as motion
+from unstuck.diagnosis._hypothesis import STUCK, symptom
 from unstuck.record import Run
 from unstuck.record._log import Log
 
@@ -395,6 +396,21 @@ class TestChance:
 
     def test_the_level_is_the_recent_loss_over_it(self, tmp_path):
         assert case(of_losses(tmp_path, [2.0] * 10 + [0.5] * 50))["loss over chance"].value == 0.25
+
+
+class TestRisen:
+    def test_it_is_the_last_quarter_over_the_lowest_twelfth_before(self, tmp_path):
+        losses = [2.0] * 20 + [0.5] * 10 + [1.0] * 60 + [1.25] * 30
+        assert case(of_losses(tmp_path, losses))["loss over its lowest"].value == pytest.approx(2.5)
+
+    def test_one_that_has_been_much_lower_is_stuck_whatever_its_trend(self, tmp_path):
+        losses = [2.0] * 20 + [0.2] * 20 + [1.5 * 0.99**k for k in range(80)]
+        known = case(of_losses(tmp_path, losses))
+        assert known["trend"].value < -0.15
+        assert symptom(known) == STUCK
+        falling = case(of_losses(tmp_path / "falling", [2.0] * 40 + losses[40:]))
+        assert falling["trend"].value == known["trend"].value
+        assert symptom(falling) != STUCK
 
 
 class TestRise:

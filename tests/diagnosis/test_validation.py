@@ -107,12 +107,41 @@ def wrong_labels():
     return t
 
 
+class Rare(Task):
+    """Two classes, asked by one output, of which one makes an eightieth of the rows: none are in the latest batches."""
+
+    def __init__(self):
+        super().__init__(rows=1200, noise=2.0)
+        self.y, self.aims = self.y % 2, self.aims % 2
+        kept = (self.y == 0) | (torch.arange(len(self.y)) % 40 == 0)
+        self.x, self.y = self.x[kept], self.y[kept]
+        self.model[-1] = nn.Linear(32, 1)
+        common, rare = (self.y == 0).nonzero().flatten(), self.y.nonzero().flatten()
+        cut = len(common) - 5 * self.size
+        mixed = torch.cat([common[:cut], rare])
+        self.order = torch.cat([mixed[torch.randperm(len(mixed))], common[cut:]])
+
+    def loop(self):
+        optimizer = self.kind(self.model.parameters(), lr=self.lr)
+        for _ in range(self.epochs):
+            self.model.train()
+            for rows in self.order.split(self.size):
+                optimizer.zero_grad()
+                loss = F.binary_cross_entropy_with_logits(self.model(self.x[rows])[:, 0], self.y[rows].float())
+                loss.backward()
+                optimizer.step()
+            self.model.eval()
+            with torch.no_grad():
+                ((self.model(self.held)[:, 0] > 0).long() == self.aims).float().mean().item()
+
+
 FAULTS = {
     "train-while-validating": (in_training_mode, with_batch_norm_on),
     "preprocessing-mismatch": (on_another_scale, on_a_slightly_other_scale, column_by_column),
     "label-map-wrong": (by_another_map, two_names_exchanged),
     "leakage": (leaking,),
     "label-noise": (wrong_labels,),
+    "class-imbalance": (Rare,),
     "overfitting": (by_heart,),
 }
 
