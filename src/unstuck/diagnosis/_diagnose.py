@@ -148,13 +148,12 @@ def _lacks_a_premise(case: Case, h: Hypothesis) -> bool:
 
 
 def _weighed(hypotheses: Sequence[Hypothesis], sign: str) -> list[Hypothesis]:
-    """Those that can explain the symptom, and one of each other code, to rule it out.
+    """Those that can explain the symptom, and the first of each code, to rule it out.
 
     Of a loss that is only slow no others are asked: what they measure is dear, and most such runs are healthy.
     """
-    explained = {h.code for h in hypotheses if sign in h.symptoms}
-    others = {h.code: h for h in reversed(hypotheses) if h.code not in explained and sign != SLOW}
-    return [h for h in hypotheses if sign in h.symptoms or others.get(h.code) is h]
+    first = {h.code: h for h in reversed(hypotheses)}
+    return [h for h in hypotheses if sign in h.symptoms or (sign != SLOW and first[h.code] is h)]
 
 
 def _judge(case: Case, predictions: Sequence[Prediction]) -> tuple[str | None, str | None]:
