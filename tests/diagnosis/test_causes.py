@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from runs import blobs, classify, codes, verdict
+from runs import blobs, classify, codes, recorded
 from torch import nn
 from torch.nn import functional as F
 
-from unstuck.diagnosis import PROVED, SHOWN, SUSPECT
+from unstuck.diagnosis import PROVED, SHOWN, SUSPECT, diagnose
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +34,9 @@ class Task:
         return [m for m in self.model if isinstance(m, nn.Linear)]
 
     def run(self, folder):
+        return diagnose(self.recorded(folder))
+
+    def recorded(self, folder):
         parts = [(self.x[k : k + self.size], self.y[k : k + self.size]) for k in range(0, len(self.x), self.size)]
 
         def loop():
@@ -49,7 +52,7 @@ class Task:
                 if schedule and k % self.every == 0:
                     schedule.step()
 
-        return verdict(folder, loop)
+        return recorded(folder, loop)
 
 
 def clipped(t, norm):

@@ -4,28 +4,15 @@ import copy
 
 import pytest
 import torch
+from loops import STEPS, Task, accumulated, looped, sharpness_aware, usual
 from runs import codes, verdict
 from torch import nn
 from torch.nn import functional as F
-
-STEPS = 40
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-class Task:
-    """A small regression: a network, an optimiser, and a loss on a new batch each time."""
-
-    def __init__(self, kind=torch.optim.SGD, **options):
-        self.model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.optimizer = kind(self.model.parameters(), **{"lr": 0.01, **options})
-
-    def loss(self):
-        x = torch.randn(8, 3)
-        return F.mse_loss(self.model(x), x.sum(1, keepdim=True))
 
 
 def cleared_late(t):
@@ -41,23 +28,10 @@ def stepped_early(t):
     loss.backward()
 
 
-def usual(t):
-    t.optimizer.zero_grad()
-    t.loss().backward()
-    t.optimizer.step()
-
-
 def cleared_at_the_end(t):
     t.loss().backward()
     t.optimizer.step()
     t.model.zero_grad()
-
-
-def accumulated(t):
-    t.optimizer.zero_grad()
-    for _ in range(3):
-        t.loss().backward()
-    t.optimizer.step()
 
 
 def with_a_closure(t):
@@ -70,30 +44,12 @@ def with_a_closure(t):
     t.optimizer.step(closure)
 
 
-def sharpness_aware(t):
-    t.loss().backward()
-    with torch.no_grad():
-        moves = [0.01 * p.grad for p in t.model.parameters()]
-        torch._foreach_add_(list(t.model.parameters()), moves)
-    t.optimizer.zero_grad()
-    t.loss().backward()
-    with torch.no_grad():
-        torch._foreach_sub_(list(t.model.parameters()), moves)
-    t.optimizer.step()
-    t.optimizer.zero_grad()
-
-
 def others_cleared(t):
     """What is cleared between backward() and step() belongs to another network."""
     t.optimizer.zero_grad()
     t.loss().backward()
     nn.Linear(3, 3).zero_grad()
     t.optimizer.step()
-
-
-def looped(step, task=Task, steps=STEPS, **options):
-    t = task(**options)
-    return lambda: [step(t) for _ in range(steps)]
 
 
 @pytest.mark.parametrize("step", [cleared_late, stepped_early])

@@ -1,5 +1,6 @@
 """What the recorder's deck makes of the steps of a loop: programs that are shared, tapes that are dropped again."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -80,3 +81,48 @@ def test_steps_that_quote_what_they_have_read_leave_no_tape(tmp_path):
     assert run.memory() is None or not run.memory().tapes
     (refusals,) = [e["refusals"] for e in run.of("end")]
     assert sum(refusals.values()) == 5, "the first was taken for good until the second cast doubt on it"
+
+
+CLEARED = {
+    "by hand": lambda f, optimizer: [setattr(p, "grad", None) for p in f.parameters()],
+    "by the optimiser": lambda f, optimizer: optimizer.zero_grad(),
+    "to zeros": lambda f, optimizer: optimizer.zero_grad(set_to_none=False),
+    "by the module": lambda f, optimizer: f.zero_grad(),
+}
+
+
+@pytest.mark.parametrize("how", CLEARED)
+def test_accumulated_gradients_are_replayed_however_they_are_cleared(tmp_path, how):
+    f, x = layer()
+    parts, first = x.split(2), [p.detach().clone() for p in f.parameters()]
+    optimizer = torch.optim.SGD(f.parameters(), lr=0.01)
+    with unstuck.watch(f, optimizer, folder=tmp_path / "run", budget=100.0) as run:
+        for _ in range(4):
+            for part in parts:
+                f(part).square().mean().backward()
+            optimizer.step()
+            CLEARED[how](f, optimizer)
+    tapes = run.memory().tapes
+    assert [t.step for t in tapes] == [1, 2, 3, 4]
+    assert len({id(t.program) for t in tapes}) == 1
+    assert [c.name for c in tapes[-1].program.instructions] == ["linear", "square", "mean"] * len(parts)
+    w, b = (p.requires_grad_() for p in first)
+    whole = sum(F.linear(part, w, b).square().mean() for part in parts)
+    again = tapes[0].replay([w, b])
+    torch.testing.assert_close(again, whole)
+    torch.testing.assert_close(torch.autograd.grad(again, [w, b]), torch.autograd.grad(whole, [w, b]))
+
+
+@pytest.mark.parametrize("how", list(CLEARED)[1:])
+def test_a_step_whose_gradients_are_cleared_on_the_way_is_no_sum_of_its_losses(tmp_path, how):
+    f, x = layer()
+    optimizer = torch.optim.SGD(f.parameters(), lr=0.01)
+    with unstuck.watch(f, optimizer, folder=tmp_path / "run", budget=100.0) as run:
+        for _ in range(4):
+            for part in x.split(2):
+                CLEARED[how](f, optimizer)
+                f(part).square().mean().backward()
+            optimizer.step()
+    assert run.memory() is None or not run.memory().tapes
+    (refusals,) = (e["refusals"] for e in run.of("end"))
+    assert list(refusals) == ["a gradient was read or changed between two backward() calls of the step"]
