@@ -55,6 +55,14 @@ def _too_small(case: Case) -> str:
     )
 
 
+def _began_small(case: Case) -> str:
+    return (
+        "The weights began too small: the signal faded to an rms of "
+        f"{plain(value(case, 'smallest signal at the start'))} within the network, and the loss stood at the level of "
+        f"guessing for {plain(value(case, 'steps at chance'))} steps, until they had grown."
+    )
+
+
 def _afresh(case: Case) -> list[Remedy]:
     every = sorted({k for t in case.fixed for k in t.program.reads()})
     return [remedies.renew(every, case.names, "weights initialised afresh", least=remedies.FAR)]
@@ -164,6 +172,7 @@ BEGINS: tuple[Hypothesis, ...] = (
         (
             FAR_OFF,
             LOUD,
+            Prediction("longest row", 0, 20, "a row lies {shown} median lengths out", needed=False),
             Prediction(
                 "gain of the first layer",
                 4,
@@ -203,7 +212,7 @@ BEGINS: tuple[Hypothesis, ...] = (
             Prediction("signal at the start", TINY, INF, "even the strongest signal began at an rms of {shown}"),
             SCALED,
         ),
-        _too_small,
+        _began_small,
         "Use the layers' own initialisation (Kaiming or Xavier), which keeps a signal's size.",
         _louder,
         origin=lambda case: case.start,

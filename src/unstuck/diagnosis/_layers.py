@@ -19,7 +19,8 @@ TRAINED = 30  # steps after which copies that still are some will stay so
 SLOW = 0.02  # momentum of a norm's statistics, whose default is 0.1
 STRAY = 0.3  # spreads of a batch by which a running mean may be off
 FEW = 4  # recorded steps at either end
-SHARED, WIDE, MOST = 8, 4, 1000  # rows that an early and a late step share; columns of them; rows that are compared
+SHARED, MOST = 8, 1000  # rows that an early and a late step share, of so many at either end that are compared,
+WIDE, WIDEST = 4, 1 << 14  # and their columns
 SAME, MOVED = 1e-6, 0.97  # distance of two rows of length 1 that are one; a factor beside which it is another
 SHRUNK = 0.2  # times which the inputs are as large as at first
 
@@ -131,10 +132,11 @@ def _met_again(tapes: Sequence[Tape], k: int) -> Tensor:
     Of rows that are never the same, as where an augmentation moves each by a factor of its own, nothing is told: most
     of those that lie in one direction must differ, and by about as much.
     """
-    early, late = (torch.cat([t.constants[k] for t in part]) for part in (tapes[:FEW], tapes[-FEW:]))
-    if early.dim() < 2 or early.shape[1:] != late.shape[1:] or early[0].numel() < WIDE:
+    ends = [[t.constants[k][: MOST // FEW] for t in part] for part in (tapes[:FEW], tapes[-FEW:])]
+    shapes = {x.shape[1:] for part in ends for x in part}
+    if len(shapes) > 1 or not WIDE <= shapes.pop().numel() <= WIDEST or ends[0][0].dim() < 2:
         return torch.empty(0)
-    early, late = early.double().flatten(1)[:MOST], late.double().flatten(1)[:MOST]
+    early, late = (torch.cat(part).double().flatten(1) for part in ends)
     lengths = early.norm(dim=1).clamp_min(1e-30), late.norm(dim=1).clamp_min(1e-30)
     apart = torch.cdist(early / lengths[0][:, None], late / lengths[1][:, None])
     there = (apart < SAME).nonzero()

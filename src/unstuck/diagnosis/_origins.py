@@ -156,6 +156,10 @@ ORIGINS: tuple[Hypothesis, ...] = (
         (
             Prediction("dead units", 0.6, 0.9, "the units are alive", premise=True),
             SIGNAL,
+            Prediction("signal at the start", TINY, INF, "the weights began near zero", needed=False),
+            Prediction(
+                "growth of the weights", 0, 3, "the weights are {shown} × as long as at the start", needed=False
+            ),
             ALWAYS,
         ),
         _dead,
@@ -184,6 +188,7 @@ ORIGINS: tuple[Hypothesis, ...] = (
             Prediction(
                 "zero weights at the start", 0, 0.5, "the weights started at exactly zero ({value:.0%})", needed=False
             ),
+            Prediction("flat activations", 0, 0.5, "{value:.0%} of a layer's activations are flat", needed=False),
             Prediction(
                 "signal into the dead layer",
                 0,

@@ -109,10 +109,11 @@ def rate_fallen(case: Case) -> Evidence | None:
     """How many times its present value the rate was when the loss was at its worst."""
     rates = dict(zip(*case.run.series("lr"), strict=True))
     worst = max(zip(case.losses, case.steps, strict=True), default=(0.0, 0))[1]
-    if not rates or not rates.get(worst) or not all(map(math.isfinite, case.losses)):
+    there = max(rates.get(worst, 0.0), rates.get(worst - 1, 0.0))  # the step before is what made it
+    if not there or not all(map(math.isfinite, case.losses)):
         return None
     now = rates[max(rates)]
-    fall = rates[worst] / now if now else math.inf
+    fall = there / now if now else math.inf
     return Evidence.exact("fall of the rate", fall, "the rate at the worst loss over the present one", n=len(rates))
 
 

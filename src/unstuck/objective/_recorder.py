@@ -59,7 +59,7 @@ class Recorder(TorchFunctionMode):
         self._numbers: list[Read] = []
         self._losses: list[Tensor] = []
         self._elastic = False  # whether there are shapes that depend on the parameters
-        self._looked = False  # whether a gradient was looked at or set after a backward()
+        self.looked = False  # whether a gradient was looked at or set after a backward()
         self._cleared = False  # whether gradients were cleared between two backward() calls
         self._off = False
 
@@ -86,7 +86,7 @@ class Recorder(TorchFunctionMode):
             kind = Kind(func)
         if kind.looks and not (kind.shape and self._elastic):
             if kind.gradient and self._values.roots:
-                self._looked = self._looked or self._has_gradient(args)
+                self.looked = self.looked or self._has_gradient(args)
             return func(*args, **kwargs) if kwargs else func(*args)
         if kind.plain and self._values.refusal is None:
             began = perf_counter()
@@ -235,11 +235,6 @@ class Recorder(TorchFunctionMode):
         self.seconds += perf_counter() - returned + called - began
         return result
 
-    @property
-    def looked(self) -> bool:
-        """Whether the script looked at a gradient, or set one, since the first backward()."""
-        return self._looked
-
     def root(self, roots: Sequence[Tensor], *, cleared: bool = False) -> None:
         """Notes what backward() is called on, and whether the gradients of the one before were cleared meanwhile."""
         self._cleared = self._cleared or (cleared and bool(self._values.roots))
@@ -260,7 +255,7 @@ class Recorder(TorchFunctionMode):
             self._values.refuse(call.refusal or "backward() was called on a tensor that no recorded call made")
         elif tensor.numel() != 1:
             self._values.refuse("backward() was called on a tensor that is not a scalar")
-        elif self._looked or self._cleared:
+        elif self.looked or self._cleared:
             self._values.refuse("a gradient was read or changed between two backward() calls of the step")
         elif self._values.spoiled(tensor):
             self._values.refuse(NUMPY)
