@@ -280,6 +280,12 @@ RISING_AGAIN = {
 }
 
 
+def test_an_exponential_that_overflows_in_any_type_is_the_fault_itself(tmp_path):
+    t = Task()
+    by_hand(t, 3000.0)  # e^710 is too large for float64
+    assert codes(t.run(tmp_path)) == ["forward-overflow"]
+
+
 def test_a_cosine_stepped_beyond_its_end(tmp_path):
     t = Task()
     t.schedule = lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10)

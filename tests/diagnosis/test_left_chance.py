@@ -106,19 +106,24 @@ class TestSpikesOfTheRate:
         assert self.course(tmp_path / "a", [1.0] * 6 + [50.0] + [2.0] * 13, rates).value == pytest.approx(200)
         assert self.course(tmp_path / "b", [50.0] + [2.0] * 19, rates).value == pytest.approx(50)
         assert self.course(tmp_path / "c", [1.0] * 6 + [50.0] + [2.0] * 13, rates[:10] + [0.0] * 10).value == math.inf
+        late = [1.0] * 10 + [50.0] + [2.0] * 9  # the last step at the high rate shows in the loss of the next
+        assert self.course(tmp_path / "late", late, rates).value == pytest.approx(200)
         assert self.course(tmp_path / "d", [1.0] * 6 + [math.nan] + [2.0] * 13, rates) is None
         assert case(of_losses(tmp_path / "e", [1.0, 2.0]))["fall of the rate"] is None
 
 
 class TestFlatActivations:
-    def with_bias(self, folder, bias, *, outs=4, steps=200):
-        model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, outs), nn.Sigmoid())
+    def with_bias(self, folder, bias, *, outs=4, steps=200, act=nn.ReLU):
+        model = nn.Sequential(nn.Linear(4, 8), act(), nn.Linear(8, outs), nn.Sigmoid())
         nn.init.constant_(model[2].bias, bias)
         x = torch.randn(512, 4)
         y = (x @ torch.randn(4, outs) > 0).float()
         return recorded(
             folder, train(model, torch.optim.SGD(model.parameters(), lr=0.05), batches(x, y, 32), steps, fit)
         )
+
+    def test_one_flat_output_is_no_saddle(self, tmp_path):
+        assert "saddle" not in codes(diagnose(self.with_bias(tmp_path, 5.0, outs=1, act=nn.Tanh)))
 
     def test_a_sigmoid_whose_bias_began_far_up_is_on_a_plateau(self, tmp_path):
         run = self.with_bias(tmp_path, 5.0)

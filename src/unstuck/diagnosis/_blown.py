@@ -57,7 +57,7 @@ def forward_overflow(case: Case) -> Finding | None:
     if fact is None or fact.get("call") not in EXPONENTIALS:
         return None
     finite = [x for x in case.losses if math.isfinite(x)]
-    calm = bool(finite) and max(finite) < RISEN * finite[0]  # else a loss that blew up brought the numbers there
+    calm = not finite or max(finite) < RISEN * finite[0]  # else a loss that blew up brought the numbers there
     if not fact.get("overflow") and not (calm and fact["inf"] and not fact["nan"]):
         return None
     return _of_call(case.run, fact, "forward-overflow", ADVICE["overflow"])
