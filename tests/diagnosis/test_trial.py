@@ -99,8 +99,10 @@ def test_a_few_batches_that_are_learned_by_heart_tell_nothing(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(20, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     known = case(recorded(tmp_path, train(model, optimizer, batches(x, y, 16), 24)))
+    told = []
     with pytest.raises(ValueError, match="learns them by heart"):
-        run_trial(known, [NOTHING])
+        run_trial(known, [NOTHING], progress=lambda name, share: told.append(name))
+    assert told == ["as it is"]  # the control tells, and no other arm is run
 
 
 def with_a_validation(folder, rows=200):

@@ -166,11 +166,14 @@ def _compared(
         course = replace(course, judge=[other(t) for t in course.judge])
     begin = math.log(max(mean_loss(state.weights, course.judge), FLOOR))
     course = replace(course, ceiling=HOPELESS * max(math.exp(begin), 1e-3))
-    orders = [_all_arms(make, arms, course, order=0, progress=progress)]
+    if progress is not None:
+        progress(arms[0][0], 0.0)
+    control = _train(make(), course)
+    if not course.telling and _by_heart(control, begin, state, course):  # before the others take their time
+        return None
+    orders = [_all_arms(make, arms, course, order=0, progress=progress, control=control)]
     if abs(orders[0][-1].level - orders[0][0].level) > RESTLESS:
         orders += [_all_arms(make, arms, course, order=k, progress=progress) for k in range(1, ORDERS)]
-    if not course.telling and _by_heart(orders[0][0], begin, state, course):
-        return None
     bound = SHORT if course.once and not any(r.once for r in remedies) else 0.0
     least = [LEAST, *(min(r.least, bound) for r in remedies), LEAST]
     made = [_arm(arm, [order[k] for order in orders], orders, begin, least[k]) for k, arm in enumerate(arms)]
@@ -195,12 +198,13 @@ def _all_arms(
     *,
     order: int,
     progress: Progress | None,
+    control: _Result | None = None,
 ) -> list[_Result]:
     if order:
         shuffled = torch.randperm(len(course.train), generator=torch.Generator().manual_seed(order)).tolist()
         course = replace(course, train=[course.train[k] for k in shuffled])
-    results = []
-    for k, (name, _, apply) in enumerate(arms):
+    results = [] if control is None else [control]  # what is known already
+    for k, (name, _, apply) in enumerate(arms[len(results) :], len(results)):
         if progress is not None:
             progress(name, k / len(arms))
         copy = make()
