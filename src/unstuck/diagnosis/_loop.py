@@ -25,10 +25,9 @@ def wrong_order(case: Case) -> Finding | None:
 
 
 def _thrown_away(case: Case) -> Finding | None:
-    fact = _last(case, "gradient-thrown-away")
-    if fact is None or fact["count"] < LEAST or fact["count"] < OFTEN * fact["of"]:
+    fact = _usual(case, "gradient-thrown-away")
+    if fact is None:
         return None
-    place = f" ({fact['line']})" if fact["line"] else ""
     parts = fact["order"].count("b")
     return Finding(
         "wrong-order",
@@ -36,7 +35,7 @@ def _thrown_away(case: Case) -> Finding | None:
         1,
         fact["line"],
         f"Of the {parts} backward() calls of a step only the last one counts: the gradients are cleared in between"
-        f"{place}, and nobody has looked at them.",
+        f"{_place(fact)}, and nobody has looked at them.",
         "Call zero_grad() once a step, before the first backward(): each backward() adds to the gradients.",
         (
             Evidence.exact(
@@ -51,26 +50,18 @@ def _thrown_away(case: Case) -> Finding | None:
 
 
 def _emptied(case: Case) -> Finding | None:
-    fact = _last(case, "cleared-before-step")
-    if fact is None or fact["count"] < LEAST or fact["count"] < OFTEN * (fact["of"] - 1):
+    fact = _usual(case, "cleared-before-step")
+    if fact is None:
         return None
-    place = f" ({fact['line']})" if fact["line"] else ""
     return Finding(
         "wrong-order",
         SHOWN,
         1,
         fact["line"],
         f"The optimiser finds nothing to step with: after the last backward() and before step() the gradients are "
-        f"cleared{place}.",
+        f"cleared{_place(fact)}.",
         "Call them in the order zero_grad(), forward, backward(), step().",
-        (
-            Evidence.exact(
-                "steps with empty gradients",
-                fact["count"],
-                f"of {fact['of']} looked at; calls of a step: {_spelled(fact['order'])}",
-                n=fact["of"],
-            ),
-        ),
+        (_steps("steps with empty gradients", fact),),
     )
 
 
@@ -118,26 +109,18 @@ def scaler_skips(case: Case) -> Finding | None:
 
 
 def _clipped_scaled(case: Case) -> Finding | None:
-    fact = _last(case, "clipped-scaled")
-    if fact is None or fact["count"] < LEAST or fact["count"] < OFTEN * (fact["of"] - 1):
+    fact = _usual(case, "clipped-scaled")
+    if fact is None:
         return None
-    place = f" ({fact['line']})" if fact["line"] else ""
     return Finding(
         "scaler-skips",
         SHOWN,
         1,
         fact["line"],
-        f"The gradients are clipped{place} while they are still multiplied by the scale of the GradScaler: the "
+        f"The gradients are clipped{_place(fact)} while they are still multiplied by the scale of the GradScaler: the "
         "clipping leaves that much less of them.",
         "Call scaler.unscale_(optimizer) before the clipping.",
-        (
-            Evidence.exact(
-                "steps clipped before they are unscaled",
-                fact["count"],
-                f"of {fact['of']} looked at; calls of a step: {_spelled(fact['order'])}",
-                n=fact["of"],
-            ),
-        ),
+        (_steps("steps clipped before they are unscaled", fact),),
     )
 
 
@@ -236,6 +219,22 @@ def _gradient(tape: Tape, weights: Sequence[Tensor]) -> Tensor:
 def _last(case: Case, code: str) -> dict[str, Any] | None:
     """The last note of a fact, which has its highest count."""
     return next((e for e in reversed(case.run.facts) if e["code"] == code), None)
+
+
+def _usual(case: Case, code: str) -> dict[str, Any] | None:
+    """The last note of a fact that holds at nearly every step looked at, but for the first."""
+    fact = _last(case, code)
+    rare = fact is None or fact["count"] < LEAST or fact["count"] < OFTEN * (fact["of"] - 1)
+    return None if rare else fact
+
+
+def _place(fact: dict[str, Any]) -> str:
+    return f" ({fact['line']})" if fact["line"] else ""
+
+
+def _steps(name: str, fact: dict[str, Any]) -> Evidence:
+    told = f"of {fact['of']} looked at; calls of a step: {_spelled(fact['order'])}"
+    return Evidence.exact(name, fact["count"], told, n=fact["of"])
 
 
 def _spelled(order: str) -> str:
