@@ -11,7 +11,7 @@ from unstuck.diagnosis._trial import Remedy
 from unstuck.record import State
 
 INF = math.inf
-RISEN = 1.5  # times its lowest: a loss that had been so much lower does not fall (of 158 healthy runs: 1.3 at most)
+RISEN = 1.5  # times its lowest: a loss that had been so much lower does not fall
 SLOWLY = 8  # steps after which a loss can be slow
 SORTED = 0.7  # of the spread of all targets, within a batch: such batches do not come at random
 BACK = 2.5  # times what guessing earns: a loss that blew up and has come back to it does not blow up any more,
