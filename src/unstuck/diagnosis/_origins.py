@@ -40,8 +40,8 @@ def _zero(case: Case) -> str:
 
 def _dead(case: Case) -> str:
     return (
-        f"{value(case, 'dead units'):.0%} of the units of a ReLU layer are zero for every input: no gradient passes, "
-        "and what lies before them cannot learn."
+        f"{value(case, 'dead units'):.0%} of the units of a ReLU layer are zero for every input: through these no "
+        "gradient passes, and they learn no more."
     )
 
 
